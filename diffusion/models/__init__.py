@@ -1,0 +1,1 @@
+"""One file for each model family: how to encode, denoise and decode with its diffusers pipeline."""

@@ -1,0 +1,1 @@
+"""Advantage estimators: one file each, with ``Config`` and ``estimate``."""

@@ -1,0 +1,67 @@
+"""What a backend is: the only thing the trainer knows about models.
+
+A backend turns prompts into samples and samples into differentiable log-probabilities.  It never
+sees a reward, an advantage or a loss; the trainer never sees a model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from mmrl.types import PolicyTerms, RolloutGroup, RolloutRequest, UpdateBatch
+
+
+class Backend(Protocol):
+    """Everything a backend offers.
+
+    ``model``: the module to be wrapped by accelerate; the trainer assigns the wrapped one back.
+    ``off_policy``: samples come from another policy than the one being updated.
+    """
+
+    provides: ClassVar[frozenset[str]]
+    model: torch.nn.Module
+    off_policy: bool
+
+    def rollout(
+        self, requests: Sequence[RolloutRequest], *, evaluation: bool = False
+    ) -> Iterator[RolloutGroup]:
+        """Yield one group for each request, in order, as each becomes ready (no gradient)."""
+        ...
+
+    def collate(self, rows: Sequence[tuple[RolloutGroup, int]]) -> tuple[Any, Tensor]:
+        """Payload and mask [B, K] of the samples ``(group, index in the group)``."""
+        ...
+
+    def evaluate(self, batch: UpdateBatch, needs: frozenset[str]) -> PolicyTerms:
+        """Differentiable terms of a micro-batch, at least those in ``needs``."""
+        ...
+
+    def behaviour(self) -> AbstractContextManager[None]:
+        """Within it the weights are those that sample (differs from the policy off-policy only)."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the weights are the running average used for evaluation and export."""
+        ...
+
+    def after_update(self, step: int) -> None:
+        """Move running averages, once after each trained step."""
+        ...
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        """Tensors beyond the trained parameters that a checkpoint must hold (averages, anchors)."""
+        ...
+
+    def load_auxiliary_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of ``auxiliary_state``."""
+        ...
+
+    def export(self, folder: Path, card: str) -> None:
+        """Write weights that the upstream library loads unchanged, with a model card."""
+        ...

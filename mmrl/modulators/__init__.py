@@ -1,0 +1,1 @@
+"""Maps from advantages to advantages, applied in order: one file each, ``Config`` and ``modulate``."""

@@ -1,0 +1,1 @@
+"""Policy-gradient objectives: one file each, with ``Config``, ``needs`` and ``loss``."""

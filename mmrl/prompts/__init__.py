@@ -1,0 +1,1 @@
+"""Prompt sets (``dataset``) and the samplers that decide which prompts a step rolls out."""

@@ -1,0 +1,116 @@
+"""From a name in YAML to a module: the only place where that happens.
+
+Each kind of part is a folder; a part is one file whose name is its YAML name.  A dotted path
+(``my_package.my_module``) names a part of your own.  Modules are imported only when asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mmrl.types import UserError
+
+KINDS: dict[str, str] = {
+    "objectives": "mmrl.objectives",
+    "advantages": "mmrl.advantages",
+    "modulators": "mmrl.modulators",
+    "regularisers": "mmrl.regularisers",
+    "samplers": "mmrl.prompts",
+    "rewards": "rewards",
+    "models": "diffusion.models",
+}
+BACKENDS: dict[str, str] = {"diffusion": "diffusion.backend"}
+NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """A hint for an error message: the closest spelling, then everything allowed."""
+    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}allowed: {', '.join(allowed)}"
+
+
+@cache
+def names(kind: str) -> list[str]:
+    """Names of the shipped parts of a kind, sorted, without importing them."""
+    if kind == "backends":
+        return sorted(BACKENDS)
+    folder = _folder(kind)
+    found = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return sorted(name for name in found if name not in NOT_PARTS and not name.startswith("_"))
+
+
+def resolve(kind: str, name: str) -> ModuleType:
+    """The module that implements ``name``; ``UserError`` naming the nearest spelling if none does."""
+    if kind == "backends" and name in BACKENDS:
+        return importlib.import_module(BACKENDS[name])
+    if kind != "backends" and name in names(kind):
+        return importlib.import_module(f"{KINDS[kind]}.{name}")
+    if "." in name:
+        return _import_dotted(kind, name)
+    raise UserError(f"unknown name {name!r} among {kind}: {nearest(name, names(kind))}")
+
+
+def callable_at(path: str) -> Any:
+    """The object at ``package.module.attribute`` or ``package.module:attribute``."""
+    module_name, _, attribute = path.replace(":", ".").rpartition(".")
+    module = _import_dotted("callable", module_name)
+    if not hasattr(module, attribute):
+        raise UserError(f"{module_name} has no attribute {attribute!r} (asked for as {path!r})")
+    return getattr(module, attribute)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of ``mmrl list``."""
+
+    name: str
+    summary: str
+    paper: str
+
+
+def entries(kind: str) -> list[Entry]:
+    """Name, first docstring line and ``PAPER`` of every part, read from source, not imported."""
+    if kind == "backends":
+        return [Entry(name, f"package {path}", "") for name, path in sorted(BACKENDS.items())]
+    return [_entry(_folder(kind) / f"{name}.py", name) for name in names(kind)]
+
+
+def _entry(path: Path, name: str) -> Entry:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    return Entry(name, summary, next(_strings(tree, "PAPER"), ""))
+
+
+def _strings(tree: ast.Module, variable: str):
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            if any(isinstance(t, ast.Name) and t.id == variable for t in node.targets):
+                yield str(node.value.value)
+
+
+def _folder(kind: str) -> Path:
+    if kind not in KINDS:
+        raise UserError(f"unknown kind {kind!r}: {nearest(kind, [*sorted(KINDS), 'backends'])}")
+    spec = importlib.util.find_spec(KINDS[kind])
+    assert spec is not None and spec.submodule_search_locations, f"{KINDS[kind]} is not a package"
+    return Path(spec.submodule_search_locations[0])
+
+
+def _import_dotted(kind: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only a missing part of the path itself is the user's; a missing import inside it is not.
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise UserError(f"cannot import {name!r} for {kind}: {error}") from error
+        raise

@@ -1,0 +1,208 @@
+"""The records that flow between samplers, backends, rewards, estimators and objectives.
+
+Shape letters: N samples in a step, B samples in a micro-batch, G samples in a group, K decisions of
+a sample.  A decision is one thing the policy chose and can be asked about again: a token, a
+denoising transition, or a noise level drawn for a clean sample.  Records are frozen and keyword
+only; their constructors check ranks, shapes and dtypes, so a mistake surfaces where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something the user can put right. The CLI prints it without a traceback and exits with 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One conditioning input.
+
+    ``id`` is derived from the content, so it survives reordering of the file.  ``columns`` holds
+    every other column of the data set; rewards receive them under their own names.
+    """
+
+    id: str
+    text: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRequest:
+    """An order for one group: draw ``group_size`` samples for ``prompt``.
+
+    ``seed`` and ``stream`` (the step number, or a negative number for evaluation) together with the
+    prompt id and the sample index determine all noise, whatever process or micro-batch draws it.
+    ``index`` is the position of the group among all groups of the step, over all processes.
+    """
+
+    prompt: Prompt
+    group_size: int
+    seed: int
+    stream: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """G samples for one prompt.
+
+    ``outputs``: what a reward reads (PIL images or strings), length G.  ``payload``: what the
+    backend needs to evaluate the samples again; opaque to everybody else.  ``logp_old`` [G, K]:
+    log-probabilities under the sampling policy where the sampler knows them, else ``None``.
+    ``mask`` [G, K] bool: decisions that exist.
+    """
+
+    request: RolloutRequest
+    outputs: Sequence[Any]
+    payload: Any
+    mask: Tensor
+    logp_old: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        size = self.request.group_size
+        require(len(self.outputs) == size, f"{len(self.outputs)} outputs for {size} samples")
+        _check(self.mask, "mask", 2, torch.bool)
+        require(self.mask.shape[0] == size, f"mask has {self.mask.shape[0]} rows, not {size}")
+        if self.logp_old is not None:
+            _check(self.logp_old, "logp_old", 2, torch.float32, torch.float64)
+            require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Rewards of all samples of a step, gathered over processes, in group order.
+
+    ``combined`` [N] float64: weighted sum, 0 where invalid.  ``by_name``: raw values [N] float64 of
+    each reward, NaN where it did not apply or failed.  ``group`` [N] int64: index of the group of
+    each sample.  ``valid`` [N] bool: samples that carry a usable reward.
+    """
+
+    combined: Tensor
+    group: Tensor
+    valid: Tensor
+    by_name: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.combined, "combined", 1, torch.float64)
+        _check(self.group, "group", 1, torch.int64)
+        _check(self.valid, "valid", 1, torch.bool)
+        for name, value in {"group": self.group, "valid": self.valid, **self.by_name}.items():
+            require(value.shape == self.combined.shape, f"{name} and combined differ in shape")
+        require(
+            bool(torch.isfinite(self.combined[self.valid]).all()), "a valid reward is not finite"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantages:
+    """``values`` [N] float64, exactly 0 where ``keep`` is false; ``keep`` [N] bool: trained samples.
+
+    ``metrics``: named scalars for the log.
+    """
+
+    values: Tensor
+    keep: Tensor
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.values, "values", 1, torch.float64)
+        _check(self.keep, "keep", 1, torch.bool)
+        require(self.values.shape == self.keep.shape, "values and keep differ in shape")
+        require(bool(torch.isfinite(self.values).all()), "an advantage is not finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateBatch:
+    """One micro-batch of samples on their way into the loss.
+
+    ``payload``: made by the backend's ``collate``.  ``mask`` [B, K] bool.  ``advantages`` [B] float64.
+    ``weights`` [B] float64: 1 for a trained sample, 0 for padding of a short process.
+    ``logp_old`` [B, K] or ``None``: ``None`` means strictly on-policy, ratio 1 by construction.
+    """
+
+    payload: Any
+    mask: Tensor
+    advantages: Tensor
+    weights: Tensor
+    logp_old: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.mask, "mask", 2, torch.bool)
+        _check(self.advantages, "advantages", 1, torch.float64)
+        _check(self.weights, "weights", 1, torch.float64)
+        rows = self.mask.shape[0]
+        require(self.advantages.shape[0] == rows, "advantages and mask differ in rows")
+        require(self.weights.shape[0] == rows, "weights and mask differ in rows")
+        if self.logp_old is not None:
+            require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTerms:
+    """What a backend computed for a micro-batch; a field is ``None`` unless it was asked for.
+
+    All are [B, K], float32 or float64, and differentiable with respect to the policy except
+    ``logp_ref`` and ``sigma``.  ``velocity_gap_reference`` / ``velocity_gap_ema``: mean over latent
+    dimensions of (v - v_other)^2.  ``sigma``: noise level of the decision in [0, 1], 1 = noise.
+    ``metrics``: (sum, count) pairs to log.
+    """
+
+    logp: Tensor
+    logp_ref: Tensor | None = None
+    entropy: Tensor | None = None
+    velocity_gap_reference: Tensor | None = None
+    velocity_gap_ema: Tensor | None = None
+    sigma: Tensor | None = None
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.logp, "logp", 2, torch.float32, torch.float64)
+        for name in OPTIONAL_TERMS:
+            value = getattr(self, name)
+            if value is not None:
+                require(value.shape == self.logp.shape, f"{name} and logp differ in shape")
+
+    def need(self, name: str) -> Tensor:
+        """The named term; ``ValueError`` if the backend left it out."""
+        value = getattr(self, name)
+        require(value is not None, f"the backend did not compute {name!r}")
+        return value
+
+
+OPTIONAL_TERMS = (
+    "logp_ref",
+    "entropy",
+    "velocity_gap_reference",
+    "velocity_gap_ema",
+    "sigma",
+)
+TERMS = ("logp", *OPTIONAL_TERMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """Unreduced loss [B, K] (or [B, 1] for one value a sample) and (sum, count) metrics."""
+
+    loss: Tensor
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.loss, "loss", 2, torch.float32, torch.float64)
+
+
+def _check(value: Tensor, name: str, rank: int, *dtypes: torch.dtype) -> None:
+    require(value.ndim == rank, f"{name} has rank {value.ndim}, not {rank}")
+    require(value.dtype in dtypes, f"{name} is {value.dtype}, not one of {dtypes}")
