@@ -11,12 +11,12 @@ import importlib
 import importlib.util
 import pkgutil
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mmrl.schema import nearest
 from mmrl.types import UserError
 
 KINDS: dict[str, str] = {
@@ -28,15 +28,9 @@ KINDS: dict[str, str] = {
     "rewards": "rewards",
     "models": "diffusion.models",
 }
-BACKENDS: dict[str, str] = {"diffusion": "diffusion.backend"}
+# A backend is a package: its ``config`` is read by every command, its ``backend`` only to run.
+BACKENDS: dict[str, str] = {"diffusion": "diffusion"}
 NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
-
-
-def nearest(name: str, allowed: list[str]) -> str:
-    """A hint for an error message: the closest spelling, then everything allowed."""
-    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}allowed: {', '.join(allowed)}"
 
 
 @cache
@@ -50,10 +44,8 @@ def names(kind: str) -> list[str]:
 
 
 def resolve(kind: str, name: str) -> ModuleType:
-    """The module that implements ``name``; ``UserError`` naming the nearest spelling if none does."""
-    if kind == "backends" and name in BACKENDS:
-        return importlib.import_module(BACKENDS[name])
-    if kind != "backends" and name in names(kind):
+    """The module of a part; ``UserError`` with the nearest spelling if there is none."""
+    if name in names(kind):
         return importlib.import_module(f"{KINDS[kind]}.{name}")
     if "." in name:
         return _import_dotted(kind, name)
@@ -67,6 +59,15 @@ def callable_at(path: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{module_name} has no attribute {attribute!r} (asked for as {path!r})")
     return getattr(module, attribute)
+
+
+def backend_module(name: str, module: str) -> ModuleType:
+    """Module ``config`` or ``backend`` of a backend named in YAML."""
+    if name in BACKENDS:
+        return importlib.import_module(f"{BACKENDS[name]}.{module}")
+    if "." in name:
+        return _import_dotted("backends", f"{name}.{module}")
+    raise UserError(f"backend.name: unknown backend {name!r}; {nearest(name, names('backends'))}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _folder(kind: str) -> Path:
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}: {nearest(kind, [*sorted(KINDS), 'backends'])}")
     spec = importlib.util.find_spec(KINDS[kind])
-    assert spec is not None and spec.submodule_search_locations, f"{KINDS[kind]} is not a package"
+    assert spec is not None, f"{KINDS[kind]} cannot be imported"
+    assert spec.submodule_search_locations, f"{KINDS[kind]} is not a package"
     return Path(spec.submodule_search_locations[0])
 
 

@@ -1,8 +1,16 @@
-"""The base of every configuration record: frozen, and an unknown key is an error."""
+"""The base of every configuration record, and errors that a person can act on."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import typing
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from types import UnionType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmrl.types import UserError
 
 
 class StrictModel(BaseModel):
@@ -11,3 +19,69 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """A hint for an error message: the closest spelling, then everything allowed."""
+    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}allowed: {', '.join(allowed)}"
+
+
+def validate(model: type[Model], data: Any, path: str = "") -> Model:
+    """``model`` made from ``data``; ``UserError`` with one line for each mistake.
+
+    ``path`` is the place of ``data`` in the file, such as ``objective`` or ``rewards[0]``.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{path or 'configuration'}: expected a mapping of keys, got {data!r}")
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        lines = [_explain(model, path, dict(e)) for e in error.errors(include_url=False)]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], path: str, error: dict[str, Any]) -> str:
+    loc = error["loc"]
+    where = _join(path, loc) or path or "configuration"
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(model, loc[:-1])
+        return f"{where}: unknown key {loc[-1]!r}; {nearest(str(loc[-1]), fields)}"
+    if error["type"] == "missing":
+        return f"{where}: required, but missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    # A model-level validator sees the whole section: its value would only be noise.
+    value = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
+    return f"{where}: {message}{value}"
+
+
+def _join(path: str, loc: Sequence[int | str]) -> str:
+    for item in loc:
+        path += f"[{item}]" if isinstance(item, int) else f".{item}" if path else str(item)
+    return path
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the model found by walking ``loc``; empty where it leaves models."""
+    for item in loc:
+        if isinstance(item, int):
+            continue
+        field = model.model_fields.get(str(item))
+        inner = next(_models_in(field.annotation), None) if field else None
+        if inner is None:
+            # Tags of a discriminated union stand in the path but name no field.
+            continue
+        model = inner
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) is not None or isinstance(annotation, UnionType):
+        for argument in typing.get_args(annotation):
+            yield from _models_in(argument)

@@ -108,7 +108,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages:
-    """``values`` [N] float64, exactly 0 where ``keep`` is false; ``keep`` [N] bool: trained samples.
+    """``values`` [N] float64, exactly 0 where not kept; ``keep`` [N] bool: trained samples.
 
     ``metrics``: named scalars for the log.
     """
@@ -128,7 +128,7 @@ class Advantages:
 class UpdateBatch:
     """One micro-batch of samples on their way into the loss.
 
-    ``payload``: made by the backend's ``collate``.  ``mask`` [B, K] bool.  ``advantages`` [B] float64.
+    ``payload``: made by the backend's ``collate``.  ``mask`` [B, K] bool.  ``advantages`` [B].
     ``weights`` [B] float64: 1 for a trained sample, 0 for padding of a short process.
     ``logp_old`` [B, K] or ``None``: ``None`` means strictly on-policy, ratio 1 by construction.
     """

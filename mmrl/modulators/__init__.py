@@ -1,1 +1,1 @@
-"""Maps from advantages to advantages, applied in order: one file each, ``Config`` and ``modulate``."""
+"""Maps from advantages to advantages: one file each, with ``Config`` and ``modulate``."""
