@@ -1,0 +1,268 @@
+"""From YAML and ``a.b=value`` overrides to one validated, frozen record, and back.
+
+Named parts (objective, advantage, rewards, ...) carry their own ``Config``; an unknown key anywhere
+is an error that names the nearest spelling.  Nothing the user wrote is ever rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, PlainSerializer
+
+from mmrl.reduction import Aggregation
+from mmrl.resolve import backend_module, resolve
+from mmrl.schema import StrictModel, validate
+from mmrl.types import UserError
+from rewards.combine import RewardSpec, parse_specs
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part and its validated configuration."""
+
+    kind: str
+    name: str
+    config: StrictModel
+
+    @property
+    def module(self) -> ModuleType:
+        """The module with the part's functions."""
+        return resolve(self.kind, self.name)
+
+    def dump(self) -> dict[str, Any]:
+        """The mapping that would be written in YAML."""
+        return {"name": self.name, **self.config.model_dump(mode="json")}
+
+
+PartField = Annotated[Part, PlainSerializer(Part.dump)]
+RewardField = Annotated[RewardSpec, PlainSerializer(RewardSpec.dump)]
+
+
+class PromptsConfig(StrictModel):
+    """Training prompts and how they are drawn."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    source: Path = Field(description="jsonl file; each line has `prompt` and any other columns")
+    sampler: PartField = Field(description="which prompts a step rolls out")
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW and its learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="moment decays")
+    eps: float = Field(default=1e-8, gt=0, description="denominator offset")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="gradients are clipped to this norm"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="decay after the warm-up, to 0 at the last update"
+    )
+    warmup_updates: int = Field(default=0, ge=0, description="linear warm-up, in optimizer steps")
+
+
+class TrainingConfig(StrictModel):
+    """How much is rolled out and how it is spent."""
+
+    num_steps: int = Field(ge=1, description="rollouts followed by updates")
+    prompts_per_step: int = Field(ge=1, description="groups of a step, over all processes")
+    group_size: int = Field(ge=1, description="samples of a prompt")
+    micro_batch_size: int = Field(default=16, ge=1, description="samples in one forward; no effect")
+    num_epochs: int = Field(default=1, ge=1, description="passes over the samples of a step")
+    updates_per_epoch: int = Field(default=1, ge=1, description="optimizer steps in one pass")
+    aggregation: Aggregation = Field(
+        default="decision_mean", description="how losses of decisions become one number"
+    )
+    horizon: float | None = Field(
+        default=None, gt=0, description="divisor of aggregation sample_sum_over_horizon"
+    )
+    max_bad_updates: int = Field(
+        default=5, ge=1, description="consecutive non-finite gradients before the run aborts"
+    )
+
+
+class EvaluationConfig(StrictModel):
+    """Held-out prompts, drawn with fixed noise before, during and after training."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    source: Path | None = Field(default=None, description="jsonl file; none = no evaluation")
+    rewards: list[RewardField] = Field(default=[], description="judges; none = those of training")
+    every: int = Field(default=20, ge=1, description="steps between evaluations")
+    samples_per_prompt: int = Field(default=4, ge=1, description="samples of each prompt")
+    max_prompts: int | None = Field(default=None, ge=1, description="use only the first prompts")
+    seed: int = Field(default=1234, ge=0, description="seed of the evaluation noise")
+    grid_prompts: int = Field(default=8, ge=1, description="prompts shown in the sample grids")
+
+
+class CheckpointConfig(StrictModel):
+    """When the run is saved."""
+
+    every: int = Field(default=20, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(default=2, ge=1, description="older checkpoints are removed")
+
+
+class TrackingConfig(StrictModel):
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default=["tensorboard"], description="accelerate trackers"
+    )
+
+
+class RunConfig(StrictModel):
+    """A whole run. ``backend`` is the section of the backend, validated by its own ``Config``."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
+    seed: int = Field(default=0, ge=0, description="seed of everything that is drawn")
+    output_dir: Path = Field(
+        default=Path("runs/{name}"), description="run folder; {name} is filled"
+    )
+    backend: PartField
+    prompts: PromptsConfig
+    rewards: list[RewardField] = Field(min_length=1)
+    advantage: PartField
+    modulators: list[PartField] = []
+    objective: PartField
+    regularisers: list[PartField] = []
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.output_dir).replace("{name}", self.name))
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved configuration as plain YAML types."""
+        return self.model_dump(mode="json")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated configuration in ``path``; ``UserError`` naming whatever is wrong."""
+    return parse(apply_overrides(read_yaml(path), overrides))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    if not path.is_file():
+        raise UserError(f"configuration file not found: {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``data`` with every ``a.b=value`` set; list items go by number (``rewards.0.x``)."""
+    data = yaml.safe_load(yaml.safe_dump(data))
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise UserError(f"override {override!r}: expected the form a.b=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"override {override!r}: the value is not valid YAML: {error}"
+            ) from None
+        _assign(data, path.split("."), value, override)
+    return data
+
+
+def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if isinstance(node, dict):
+            # A section left empty in YAML is None; an override opens it.
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            node = node[_list_index(node, key, override)]
+    if isinstance(node, dict):
+        node[keys[-1]] = value
+    else:
+        node[_list_index(node, keys[-1], override)] = value
+
+
+def _list_index(node: Any, key: str, override: str) -> int:
+    if not isinstance(node, list) or not key.isdecimal() or int(key) >= len(node):
+        size = f"a list of {len(node)}" if isinstance(node, list) else repr(node)
+        raise UserError(f"override {override!r}: {key!r} does not name an item of {size}")
+    return int(key)
+
+
+def parse(data: Mapping[str, Any]) -> RunConfig:
+    """Validate a plain mapping, parts first, so that each error carries its whole path."""
+    data = dict(data)
+    if "backend" in data:
+        data["backend"] = _parse_backend(data["backend"])
+    for key, kind in (("advantage", "advantages"), ("objective", "objectives")):
+        if key in data:
+            data[key] = parse_part(kind, data[key], key)
+    for kind in ("modulators", "regularisers"):
+        if data.get(kind) is not None:
+            items = _as_list(data[kind], kind)
+            data[kind] = [parse_part(kind, x, f"{kind}[{i}]") for i, x in enumerate(items)]
+    if "rewards" in data:
+        data["rewards"] = parse_specs(_as_list(data["rewards"], "rewards"), "rewards")
+    data["prompts"] = _with_sampler(data.get("prompts"))
+    evaluation = data.get("evaluation")
+    if isinstance(evaluation, dict) and "rewards" in evaluation:
+        specs = _as_list(evaluation["rewards"], "evaluation.rewards")
+        data["evaluation"] = evaluation | {"rewards": parse_specs(specs, "evaluation.rewards")}
+    return validate(RunConfig, {k: v for k, v in data.items() if v is not None})
+
+
+def parse_part(kind: str, data: Any, path: str) -> Part:
+    """The part described by ``{name: ..., **options}`` or by its bare name."""
+    name, options = _split_name(data, path)
+    try:
+        module = resolve(kind, name)
+    except UserError as error:
+        raise UserError(f"{path}.name: {error}") from None
+    return Part(kind, name, validate(module.Config, options, path))
+
+
+def _parse_backend(data: Any) -> Part:
+    name, options = _split_name(data, "backend")
+    model = backend_module(name, "config").Config
+    return Part("backends", name, validate(model, options, "backend"))
+
+
+def _with_sampler(prompts: Any) -> Any:
+    if not isinstance(prompts, dict):
+        return prompts
+    sampler = prompts.get("sampler") or {"name": "uniform"}
+    return prompts | {"sampler": parse_part("samplers", sampler, "prompts.sampler")}
+
+
+def _split_name(data: Any, path: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(data, str):
+        return data, {}
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise UserError(f"{path}: expected a mapping with a `name`, got {data!r}")
+    return data["name"], {k: v for k, v in data.items() if k != "name"}
+
+
+def _as_list(data: Any, path: str) -> list[Any]:
+    if not isinstance(data, list):
+        raise UserError(f"{path}: expected a list, got {data!r}")
+    return data

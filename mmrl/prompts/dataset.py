@@ -1,0 +1,46 @@
+"""Prompt files: jsonl with one object a line, ``prompt`` and any other columns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mmrl.types import Prompt, UserError
+
+
+def load_prompts(path: Path, key: str) -> list[Prompt]:
+    """The prompts of a file, in its order, duplicates removed.
+
+    ``key`` is the configuration key that named the file.  Raises ``UserError`` naming the file and
+    the line where something is missing, empty or malformed.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}: prompts file not found: {path}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = [
+        _parse(line, f"{key}: {path}:{i}") for i, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"{key}: prompts file is empty: {path}")
+    return list({prompt.id: prompt for prompt in prompts}.values())
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, got {line.strip()[:60]!r}")
+    text = record.pop("prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: needs a non-empty string under 'prompt', got {text!r}")
+    return Prompt(id=content_id(text, record), text=text, columns=record)
+
+
+def content_id(text: str, columns: dict[str, Any]) -> str:
+    """A short name derived from everything the prompt says."""
+    content = json.dumps([text, columns], sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
