@@ -1,0 +1,80 @@
+"""Statistics of rewards within the groups of a step; invalid samples count nowhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmrl.types import Advantages, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupStatistics:
+    """Statistics over the valid samples of M groups.
+
+    ``member`` [N] int64: position of the group of each sample.  ``count`` [M] float64: number of
+    valid samples.  ``centred`` [N] float64: reward minus the mean of its group; exactly 0 in a
+    ``flat`` group and at invalid samples.  ``squares`` [M] float64: sum of squares of ``centred``.
+    ``flat`` [M] bool: groups without two different valid rewards.
+    """
+
+    member: Tensor
+    count: Tensor
+    centred: Tensor
+    squares: Tensor
+    flat: Tensor
+
+    def deviation(self, ddof: int) -> Tensor:
+        """[M] float64 standard deviation of each group with divisor ``count - ddof``."""
+        return (self.squares / (self.count - ddof).clamp(min=1)).sqrt()
+
+
+def group_statistics(scores: Scores) -> GroupStatistics:
+    """Statistics of ``scores.combined`` by ``scores.group``; groups may differ in size."""
+    identities, member = torch.unique(scores.group, return_inverse=True)
+    valid = scores.valid
+
+    def per_group(values: Tensor, reduce: str, start: float) -> Tensor:
+        initial = torch.full((len(identities),), start, dtype=torch.float64)
+        return initial.scatter_reduce(0, member[valid], values[valid], reduce)
+
+    count = per_group(torch.ones_like(scores.combined), "sum", 0.0)
+    mean = per_group(scores.combined, "sum", 0.0) / count.clamp(min=1)
+    infinity = float("inf")
+    flat = per_group(scores.combined, "amax", -infinity) <= per_group(
+        scores.combined, "amin", infinity
+    )
+    centred = torch.where(valid & ~flat[member], scores.combined - mean[member], 0.0)
+    squares = per_group(centred.square(), "sum", 0.0)
+    return GroupStatistics(member=member, count=count, centred=centred, squares=squares, flat=flat)
+
+
+def global_deviation(scores: Scores, ddof: int) -> Tensor:
+    """Scalar float64 standard deviation of all valid rewards with divisor ``count - ddof``."""
+    rewards = scores.combined[scores.valid]
+    mean = rewards.sum() / max(len(rewards), 1)
+    return ((rewards - mean).square().sum() / max(len(rewards) - ddof, 1)).sqrt()
+
+
+def advantages_with_metrics(values: Tensor, scores: Scores, groups: GroupStatistics) -> Advantages:
+    """Advantages that keep every valid sample, with the metrics common to group estimators.
+
+    ``reward_std``: mean population deviation within a group.  ``frac_reward_zero_std``: share of
+    groups whose valid rewards are all equal.  Both are over groups with a valid sample.
+    ``advantage/abs_mean`` and ``advantage/max`` (of the absolute value): over valid samples.
+    """
+    used = groups.count > 0
+    size = values[scores.valid].abs()
+    metrics = {
+        "reward_std": _mean(groups.deviation(0)[used]),
+        "frac_reward_zero_std": _mean(groups.flat[used].double()),
+        "advantage/abs_mean": _mean(size),
+        "advantage/max": float(size.max()) if len(size) else 0.0,
+    }
+    return Advantages(values=values, keep=scores.valid, metrics=metrics)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -1,0 +1,56 @@
+"""Estimators of the Kullback-Leibler divergence between two policies.
+
+All estimate KL(p || q) per decision from samples of p: the first argument is the log-probability
+under the policy that drew the sample.  With log_ratio = log p - log q:
+
+    k1 = log_ratio                          unbiased, may be negative
+    k2 = log_ratio^2 / 2                    biased, never negative
+    k3 = exp(-log_ratio) - 1 + log_ratio    unbiased, never negative
+
+Source: J. Schulman, "Approximating KL divergence", 2020.  Used as a penalty on p, the expected
+gradient of k1 is zero and that of k2 is the gradient of the divergence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmrl.types import require
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 nats before ``exp``, so that no ratio overflows float32.
+
+The gradient is zero beyond.  Published systems use the same bound; healthy ratios are far inside.
+"""
+
+
+def k1(logp: Tensor, logp_other: Tensor) -> Tensor:
+    """``logp - logp_other``, any common shape, nats."""
+    return logp - logp_other
+
+
+def k2(logp: Tensor, logp_other: Tensor) -> Tensor:
+    """``(logp - logp_other)^2 / 2``, any common shape, nats^2."""
+    return 0.5 * (logp - logp_other).square()
+
+
+def k3(logp: Tensor, logp_other: Tensor) -> Tensor:
+    """``exp(-x) - 1 + x`` with ``x = logp - logp_other`` clamped to ``LOG_RATIO_LIMIT``; nats."""
+    log_ratio = clamp_log_ratio(logp - logp_other)
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
+    """``log_ratio`` within +-``LOG_RATIO_LIMIT``: the form in which it may be exponentiated."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def gaussian_kl(mean_gap_sq: Tensor, std: Tensor) -> Tensor:
+    """Closed-form KL of two Gaussians with one covariance ``std^2 I``: ``gap / (2 std^2)``.
+
+    ``mean_gap_sq`` is the squared difference of the means, averaged over dimensions for a
+    divergence per dimension; ``std`` broadcasts against it and must be positive (``ValueError``).
+    """
+    require(bool((std > 0).all()), "gaussian_kl: std must be positive")
+    return mean_gap_sq / (2.0 * std.square())

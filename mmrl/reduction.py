@@ -1,0 +1,157 @@
+"""Masked sums and global denominators: the only place where a loss is averaged.
+
+An objective returns an unreduced loss.  Here every average is written as
+
+    sum over decisions of coefficient * loss  /  denominator of the whole optimizer step,
+
+where the coefficient of a decision depends on its own sample alone and the denominator is a plain
+sum over samples.  Hence the result is the same for every split of a step into micro-batches and
+processes: sum ``denominator`` over all of them *before* the first backward, call
+``step_denominator`` once, and divide each ``weighted_sum`` by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mmrl.resolve import nearest
+from mmrl.types import UserError, require
+
+Aggregation = Literal[
+    "decision_mean",
+    "decision_sum",
+    "sample_mean_of_means",
+    "sample_mean_of_sums",
+    "sample_sum_over_horizon",
+]
+"""How decisions become one number.
+
+``decision_mean``: every decision counts the same (token mean; DAPO).  ``decision_sum``: no division
+at all.  ``sample_mean_of_means``: mean over its decisions, then over samples (GRPO).
+``sample_mean_of_sums``: sum over its decisions, mean over samples.  ``sample_sum_over_horizon``:
+sum over its decisions divided by a constant, mean over samples (Dr. GRPO, arXiv:2503.20783).
+"""
+
+
+def decision_weights(
+    mask: Tensor, weights: Tensor, aggregation: Aggregation, horizon: int | None = None
+) -> Tensor:
+    """Coefficient of every decision, float64 [B, K], exactly 0 where ``mask`` is false.
+
+    Args:
+        mask: [B, K] bool, decisions that exist.
+        weights: [B] float64, weight of each sample, 0 for padding.
+        aggregation: how decisions become one number.
+        horizon: constant number of decisions; needed by ``sample_sum_over_horizon`` only.
+
+    Raises:
+        UserError: unknown ``aggregation``, or a ``horizon`` that is missing or not positive.
+    """
+    coefficients = mask.double() * weights.double()[:, None]
+    if _checked(aggregation) == "sample_mean_of_means":
+        return coefficients / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    if aggregation == "sample_sum_over_horizon":
+        return coefficients / _checked_horizon(horizon)
+    return coefficients
+
+
+def denominator(
+    mask: Tensor, weights: Tensor, aggregation: Aggregation, *, count_empty: bool = False
+) -> float:
+    """What these samples add to the denominator of the step; see ``step_denominator``.
+
+    Args:
+        mask: [B, K] bool, decisions that exist.
+        weights: [B], weight of each sample, 0 for padding.
+        aggregation: how decisions become one number.
+        count_empty: whether a sample without any decision counts in a mean over samples.
+            Systems differ here; it never matters to ``decision_mean`` and ``decision_sum``.
+
+    Raises:
+        UserError: unknown ``aggregation``.
+    """
+    weights = weights.double()
+    if _checked(aggregation) == "decision_sum":
+        return 0.0
+    if aggregation == "decision_mean":
+        return float((mask.sum(dim=1) * weights).sum())
+    return float(weights.sum() if count_empty else weights[mask.any(dim=1)].sum())
+
+
+def step_denominator(total: float) -> float:
+    """Divisor of a whole step from the sum of all its ``denominator`` contributions.
+
+    A total of 0 means that nothing is divided (``decision_sum``) or that nothing is trained (every
+    coefficient is 0); both divide by 1.
+    """
+    return total if total != 0 else 1.0
+
+
+def weighted_sum(loss: Tensor, coefficients: Tensor) -> Tensor:
+    """Sum of ``coefficients * loss``, a float64 scalar differentiable in ``loss``.
+
+    Args:
+        loss: [B, K], or [B, 1] for one value a sample.  The latter stands for the same value at
+            each decision of the sample, so a mean over samples is the mean of its values.
+        coefficients: [B, K] from ``decision_weights``.  Where 0, the loss may be anything, NaN
+            included: it reaches neither the value nor the gradient.
+    """
+    require(
+        loss.shape in (coefficients.shape, (coefficients.shape[0], 1)),
+        f"loss {tuple(loss.shape)} does not fit coefficients {tuple(coefficients.shape)}",
+    )
+    if loss.shape != coefficients.shape:
+        coefficients = coefficients.sum(dim=1, keepdim=True)
+    return (where_active(loss.double(), coefficients != 0) * coefficients).sum()
+
+
+def where_active(values: Tensor, active: Tensor) -> Tensor:
+    """``values`` with 0, and a gradient of 0, where ``active`` is false; shapes broadcast."""
+    return torch.where(active, values, torch.zeros_like(values))
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the decisions of each sample, [B, K] -> [B, 1]; 0 for a sample without any."""
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return where_active(values, mask).sum(dim=1, keepdim=True) / count
+
+
+def tallies(
+    values: Mapping[str, Tensor], mask: Tensor, weights: Tensor
+) -> dict[str, tuple[float, float]]:
+    """(sum, count) of each of ``values`` over the decisions that are trained.
+
+    Trained are decisions with a true ``mask`` [B, K] in samples of positive ``weights`` [B].  A
+    value is [B, K], or [B, 1] when it is counted once a sample.  Everything crosses from the device
+    in a single transfer.
+    """
+    decisions = mask & (weights > 0)[:, None]
+    samples = decisions.any(dim=1, keepdim=True)
+    parts: list[Tensor] = []
+    for value in values.values():
+        active = decisions if value.shape == decisions.shape else samples
+        parts += [where_active(value.detach().double(), active).sum(), active.sum().double()]
+    numbers: list[float] = torch.stack(parts).tolist() if parts else []
+    return dict(zip(values, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+
+def _checked(aggregation: Aggregation) -> Aggregation:
+    allowed = list(get_args(Aggregation))
+    if aggregation not in allowed:
+        raise UserError(
+            f"aggregation: unknown value {aggregation!r}: {nearest(aggregation, allowed)}"
+        )
+    return aggregation
+
+
+def _checked_horizon(horizon: int | None) -> int:
+    if horizon is None or horizon < 1:
+        raise UserError(
+            f"horizon: {horizon!r} is not allowed; aggregation 'sample_sum_over_horizon' "
+            "needs a whole number of at least 1"
+        )
+    return horizon

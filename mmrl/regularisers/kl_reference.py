@@ -1,0 +1,65 @@
+"""Divergence of the policy from the frozen reference model.
+
+Either the closed form of flow matching (Xue et al. 2025, arXiv:2509.25050: mean squared velocity
+gap, plain or ELBO-weighted) or an estimate from log-probabilities (k1, k2, k3 of KL(policy ||
+reference); GRPO, arXiv:2402.03300, eq. 4, uses k3).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmrl import divergences
+from mmrl.reduction import tallies, where_active
+from mmrl.regularisers._velocity import VelocityEstimator, velocity_needs, velocity_penalty
+from mmrl.schema import StrictModel
+from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
+
+PAPER = "Xue et al. 2025, arXiv:2509.25050"
+GAP = "velocity_gap_reference"
+SAMPLED = {"k1": divergences.k1, "k2": divergences.k2, "k3": divergences.k3}
+
+
+class Config(StrictModel):
+    """Weight and estimator."""
+
+    coef: float = Field(
+        default=1e-3, ge=0, description="Weight of the penalty; 0 computes nothing at all."
+    )
+    estimator: VelocityEstimator | Literal["k1", "k2", "k3"] = Field(
+        default="velocity",
+        description="velocity: mean squared velocity gap. velocity_elbo: the same divided by "
+        "2 s^2, s = 0.7 sqrt(sigma / (1 - sigma)). k1, k2, k3: from log-probabilities.",
+    )
+
+
+def needs(config: Config) -> frozenset[str]:
+    """Terms the backend must compute; none when ``coef`` is 0."""
+    if config.coef == 0:
+        return frozenset()
+    if config.estimator == "velocity" or config.estimator == "velocity_elbo":
+        return velocity_needs(GAP, config.estimator)
+    return frozenset({"logp", "logp_ref"})
+
+
+def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
+    """Penalty [B, K], not multiplied by ``coef``; metric ``kl_reference``.
+
+    With ``coef`` 0 it is zero and logs nothing, whatever terms are there.
+    """
+    if config.coef == 0:
+        return LossTerms(loss=torch.zeros_like(terms.logp))
+    penalty = _penalty(terms, batch.mask, config)
+    metrics = tallies({"kl_reference": penalty}, batch.mask, batch.weights)
+    return LossTerms(loss=penalty, metrics=metrics)
+
+
+def _penalty(terms: PolicyTerms, mask: Tensor, config: Config) -> Tensor:
+    if config.estimator == "velocity" or config.estimator == "velocity_elbo":
+        return velocity_penalty(terms, mask, GAP, config.estimator)
+    logp_ref = where_active(terms.need("logp_ref").detach(), mask)
+    return SAMPLED[config.estimator](where_active(terms.logp, mask), logp_ref)
