@@ -1,0 +1,117 @@
+"""Line charts as inline SVG that follow the colours of the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SERIES_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308")
+# Colours that no drawing uses, replaced by variables of the page's style sheet after drawing.
+_THEMED = {"#010203": "var(--ink)", "#010204": "var(--muted)", "#010205": "var(--line)"}
+_INK, _MUTED, _LINE = _THEMED
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _MUTED,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.solid_capstyle": "round",
+}
+SMOOTH_FROM = 30
+"""Curves with at least this many points also show a running mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A labelled curve; NaN values leave a gap.  ``band``: half the height of a shaded band."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    band: Sequence[float] = ()
+
+
+def line_chart(
+    series: Sequence[Series], title: str, *, markers: bool = False, log_scale: bool = False
+) -> str:
+    """An ``<svg>`` element; ``title`` is what a screen reader says.
+
+    ``markers`` shows each point, for sparse series such as evaluations, and never smooths.
+    """
+    # The salt keeps identifiers of one page apart and the file reproducible.
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y")
+        if log_scale:
+            axes.set_yscale("log")
+        for i, item in enumerate(series):
+            _draw(axes, item, SERIES_COLOURS[i % len(SERIES_COLOURS)], markers)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(series) > 1:
+            # Above the plot, so that it never covers a curve.
+            columns = min(3, len(series))
+            figure.legend(loc="outside upper left", ncols=columns, labelcolor=_INK)
+        return _inline(figure, title)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the finite values within ``window`` points around each; NaN where there is none."""
+    half = window // 2
+    means = []
+    for i in range(len(values)):
+        near = [x for x in values[max(0, i - half) : i + half + 1] if math.isfinite(x)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
+
+
+def _draw(axes: Axes, item: Series, colour: str, markers: bool) -> None:
+    smooth = not markers and len(item.values) >= SMOOTH_FROM
+    shown = running_mean(item.values, max(3, len(item.values) // 12)) if smooth else item.values
+    if smooth:
+        axes.plot(item.steps, item.values, color=colour, alpha=0.3, linewidth=1)
+    lonely = markers or len(item.values) == 1
+    marker = {"marker": "o", "markersize": 4} if lonely else {}
+    axes.plot(item.steps, shown, color=colour, linewidth=1.8, label=item.label, **marker)
+    if item.band:
+        low = [m - s for m, s in zip(shown, item.band, strict=True)]
+        high = [m + s for m, s in zip(shown, item.band, strict=True)]
+        axes.fill_between(item.steps, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _inline(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # A style element inside a drawing would apply to the whole page.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    # The page decides the width; identifiers of groups would repeat from chart to chart.
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    for colour, variable in _THEMED.items():
+        text = text.replace(colour, variable)
+    label = escape(title, quote=True)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
