@@ -135,7 +135,7 @@ def tallies(
     for value in values.values():
         active = decisions if value.shape == decisions.shape else samples
         parts += [where_active(value.detach().double(), active).sum(), active.sum().double()]
-    numbers: list[float] = torch.stack(parts).tolist() if parts else []
+    numbers = [float(number) for number in torch.stack(parts).cpu()]
     return dict(zip(values, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
 
 

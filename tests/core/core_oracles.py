@@ -1,0 +1,398 @@
+"""Loop oracles in plain Python, written from the formulas, and checks of modules against them.
+
+Every check takes the module (or a mutant of it) as its argument, so that the same check can be
+shown to fail when an operator of the module is turned round.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mmrl.types import Advantages, PolicyTerms, Scores, UpdateBatch
+
+INF = float("inf")
+
+# The fixture on which published trainers agree: 3 sequences with 4, 2 and 3 real tokens.
+F_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+F_NEW = ((-0.8, -2.3, -0.5, -0.4), (-1.9, -0.2, 0, 0), (-0.25, -0.5, -1.6, 0))
+F_OLD = ((-1, -2, -0.5, -1), (-1.5, -0.7, 0, 0), (-0.2, -0.9, -1.1, 0))
+F_REF = ((-1.1, -2, -0.6, -0.9), (-1.4, -0.8, 0, 0), (-0.3, -1, -1, 0))
+F_ADVANTAGES = (1.0, -1.0, 0.5)
+
+
+def float64(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def fixture_f() -> tuple[PolicyTerms, UpdateBatch]:
+    terms = PolicyTerms(logp=float64(F_NEW).requires_grad_(), logp_ref=float64(F_REF))
+    return terms, batch_of(F_MASK, float64(F_ADVANTAGES), logp_old=float64(F_OLD))
+
+
+def batch_of(mask: Tensor, advantages: Tensor, weights=None, logp_old=None) -> UpdateBatch:
+    weights = torch.ones_like(advantages) if weights is None else weights
+    return UpdateBatch(
+        payload=None, mask=mask, advantages=advantages, weights=weights, logp_old=logp_old
+    )
+
+
+def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, UpdateBatch]:
+    """6 samples, 5 decisions; ragged, one row empty, one of weight 0, ratios from 0.3 to 3."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    lengths = torch.tensor([5, 3, 1, 0, 4, 5])
+    logp = -normal(6, 5).abs()
+    logp_old = None if on_policy else logp + 0.5 * normal(6, 5)
+    terms = PolicyTerms(
+        logp=logp.requires_grad_(),
+        logp_ref=-normal(6, 5).abs(),
+        entropy=normal(6, 5).abs(),
+        velocity_gap_reference=normal(6, 5).square(),
+        velocity_gap_ema=normal(6, 5).square(),
+        sigma=torch.rand(6, 5, dtype=torch.float64, generator=draw).clamp(min=0.05),
+    )
+    batch = batch_of(
+        torch.arange(5)[None] < lengths[:, None],
+        float64([1.5, -1.0, 0.5, 2.0, -0.7, 0.3]),
+        float64([1, 1, 1, 1, 1, 0]),
+        logp_old,
+    )
+    return terms, batch
+
+
+def random_scores(seed: int = 0) -> Scores:
+    """Ragged, interleaved groups 7, 2, 9, 4; group 9 is flat, 4 has one valid sample of two."""
+    group = torch.tensor([7, 2, 7, 9, 2, 7, 9, 4, 2, 7, 9, 4, 7])
+    valid = torch.ones(13, dtype=torch.bool)
+    valid[[5, 11]] = False
+    draw = torch.Generator().manual_seed(seed)
+    combined = torch.randn(13, dtype=torch.float64, generator=draw)
+    combined[group == 9] = 0.1
+    combined[~valid] = 100.0
+    return Scores(combined=combined, group=group, valid=valid)
+
+
+def close(actual, expected, tolerance: float = 1e-12) -> None:
+    actual = actual.detach() if isinstance(actual, Tensor) else float64(actual)
+    torch.testing.assert_close(actual, float64(expected), rtol=tolerance, atol=tolerance)
+
+
+def entries(mask: Tensor) -> list[tuple[int, int]]:
+    return [(b, k) for b, row in enumerate(mask.tolist()) for k, real in enumerate(row) if real]
+
+
+def trained(batch: UpdateBatch) -> list[tuple[int, int]]:
+    return [(b, k) for b, k in entries(batch.mask) if batch.weights[b] > 0]
+
+
+# --- objectives -----------------------------------------------------------------------------------
+
+
+def clipped(ratio: float, advantage: float, low: float, high: float) -> float:
+    if advantage >= 0:
+        return -advantage * min(ratio, 1 + high)
+    return -advantage * max(ratio, 1 - low)
+
+
+def ratios(terms: PolicyTerms, batch: UpdateBatch, importance: str) -> dict[tuple[int, int], float]:
+    new, old = terms.logp.tolist(), batch.logp_old.tolist()
+    gaps = {(b, k): new[b][k] - old[b][k] for b, k in entries(batch.mask)}
+    if importance == "decision":
+        return {key: math.exp(gap) for key, gap in gaps.items()}
+    rows = {b for b, _ in gaps}
+    return {
+        (b, 0): math.exp(statistics.fmean(gap for (row, _), gap in gaps.items() if row == b))
+        for b in rows
+    }
+
+
+def check_grpo(module: ModuleType) -> None:
+    for low, high, importance in (
+        (0.2, 0.2, "decision"),
+        (0.1, 0.3, "decision"),
+        (0.01, 0.1, "sample"),
+    ):
+        terms, batch = random_case()
+        config = module.Config(clip_low=low, clip_high=high, importance=importance)
+        out = module.loss(terms, batch, config)
+        expected = ratios(terms, batch, importance)
+        advantages = batch.advantages.tolist()
+        for (b, k), ratio in expected.items():
+            close(out.loss[b, k], clipped(ratio, advantages[b], low, high))
+        used = {key: r for key, r in expected.items() if batch.weights[key[0]] > 0}
+        below = sum(r < 1 - low and advantages[b] < 0 for (b, _), r in used.items())
+        above = sum(r > 1 + high and advantages[b] > 0 for (b, _), r in used.items())
+        count = len(used)
+        old, new = batch.logp_old.tolist(), terms.logp.tolist()
+        kl = [
+            math.exp(new[b][k] - old[b][k]) - 1 + old[b][k] - new[b][k] for b, k in trained(batch)
+        ]
+        close(out.metrics["ratio/mean"], (sum(used.values()), count))
+        close(out.metrics["clip_ratio/low"], (below, count))
+        close(out.metrics["clip_ratio/high"], (above, count))
+        close(out.metrics["clip_ratio/region"], (below + above, count))
+        close(out.metrics["approx_kl"], (sum(kl), len(kl)))
+        assert below > 0, "a case without active lower clip tests nothing"
+        assert above > 0, "a case without active upper clip tests nothing"
+    assert module.needs(config) == {"logp"}
+
+
+def check_ratio(module: ModuleType) -> None:
+    terms, batch = random_case()
+    for importance in ("decision", "sample"):
+        actual = module.log_ratio(terms, batch, importance).exp()
+        for (b, k), ratio in ratios(terms, batch, importance).items():
+            close(actual[b, k], ratio)
+    terms, batch = random_case(on_policy=True)
+    assert torch.equal(module.log_ratio(terms, batch, "decision"), torch.zeros(6, 5).double())
+
+
+def check_reinforce(module: ModuleType) -> None:
+    terms, batch = random_case(on_policy=True)
+    out = module.loss(terms, batch, module.Config())
+    logp = terms.logp.tolist()
+    for b, k in entries(batch.mask):
+        close(out.loss[b, k], -batch.advantages[b].item() * logp[b][k])
+    used = [logp[b][k] for b, k in trained(batch)]
+    close(out.metrics["logp/mean"], (sum(used), len(used)))
+
+
+# --- divergences and regularisers -----------------------------------------------------------------
+
+ESTIMATORS = {
+    "k1": lambda x: x,
+    "k2": lambda x: x**2 / 2,
+    "k3": lambda x: math.exp(-x) - 1 + x,
+}
+
+
+def check_divergences(module: ModuleType) -> None:
+    new, other = (-1.0, -0.5, -2.0), (-1.2, -0.5, -1.0)
+    for name, formula in ESTIMATORS.items():
+        actual = getattr(module, name)(float64(new), float64(other))
+        close(actual, [formula(a - b) for a, b in zip(new, other, strict=True)])
+    close(module.clamp_log_ratio(float64([-1e3, -3, 3, 1e3])), [-20, -3, 3, 20])
+    close(module.gaussian_kl(float64([0.5, 2]), float64([0.7, 3])), [0.5 / 0.98, 2 / 18])
+
+
+def elbo(gap: float, sigma: float) -> float:
+    s = 0.7 * math.sqrt(sigma / (1 - min(sigma, 0.99)))
+    return gap / (2 * s**2)
+
+
+def check_velocity(module: ModuleType) -> None:
+    terms, batch = random_case()
+    gap, sigma = terms.velocity_gap_ema.tolist(), terms.sigma.tolist()
+    plain = module.velocity_penalty(terms, batch.mask, "velocity_gap_ema", "velocity")
+    weighted = module.velocity_penalty(terms, batch.mask, "velocity_gap_ema", "velocity_elbo")
+    for b, k in entries(batch.mask):
+        close(plain[b, k], gap[b][k])
+        close(weighted[b, k], elbo(gap[b][k], sigma[b][k]))
+    assert not plain[~batch.mask].any()
+    close(module.elbo_std(float64([0.995, 1])), [0.7 * math.sqrt(99.5), 7.0])
+    assert module.velocity_needs("velocity_gap_ema", "velocity") == {"velocity_gap_ema"}
+    assert module.velocity_needs("a", "velocity_elbo") == {"a", "sigma"}
+
+
+def check_kl_reference(module: ModuleType) -> None:
+    terms, batch = random_case()
+    new, ref = terms.logp.tolist(), terms.logp_ref.tolist()
+    for name, formula in ESTIMATORS.items():
+        out = module.loss(terms, batch, module.Config(coef=0.5, estimator=name))
+        for b, k in entries(batch.mask):
+            close(out.loss[b, k], formula(new[b][k] - ref[b][k]))
+        used = [formula(new[b][k] - ref[b][k]) for b, k in trained(batch)]
+        close(out.metrics["kl_reference"], (sum(used), len(used)))
+        assert module.needs(module.Config(estimator=name)) == {"logp", "logp_ref"}
+    check_velocity_regulariser(module, "velocity_gap_reference")
+
+
+def check_velocity_regulariser(module: ModuleType, gap: str = "velocity_gap_ema") -> None:
+    terms, batch = random_case()
+    values, sigma = getattr(terms, gap).tolist(), terms.sigma.tolist()
+    for estimator, formula in (("velocity", lambda gap, _: gap), ("velocity_elbo", elbo)):
+        out = module.loss(terms, batch, module.Config(coef=0.5, estimator=estimator))
+        for b, k in entries(batch.mask):
+            close(out.loss[b, k], formula(values[b][k], sigma[b][k]))
+    used = [elbo(values[b][k], sigma[b][k]) for b, k in trained(batch)]
+    (metric,) = out.metrics.values()
+    close(metric, (sum(used), len(used)))
+    assert module.needs(module.Config(coef=0.5)) == {gap}
+    assert module.needs(module.Config(coef=0.5, estimator="velocity_elbo")) == {gap, "sigma"}
+    assert module.needs(module.Config(coef=0)) == set()
+
+
+# --- advantages and modulators --------------------------------------------------------------------
+
+
+def rewards_by_group(scores: Scores) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for reward, group, valid in zip(
+        scores.combined.tolist(), scores.group.tolist(), scores.valid.tolist(), strict=True
+    ):
+        found.setdefault(group, [])
+        if valid:
+            found[group].append(reward)
+    return found
+
+
+def deviation(rewards: list[float], ddof: int) -> float:
+    if len(rewards) <= ddof:
+        return 0.0
+    return statistics.stdev(rewards) if ddof else statistics.pstdev(rewards)
+
+
+def centred(scores: Scores) -> list[float]:
+    groups = rewards_by_group(scores)
+    rows = zip(scores.combined.tolist(), scores.group.tolist(), scores.valid.tolist(), strict=True)
+    return [
+        reward - statistics.fmean(groups[group]) if valid and len(set(groups[group])) > 1 else 0.0
+        for reward, group, valid in rows
+    ]
+
+
+def expected_group(scores: Scores, config) -> list[float]:
+    groups = rewards_by_group(scores)
+    everything = [reward for rewards in groups.values() for reward in rewards]
+    values = []
+    for value, group in zip(centred(scores), scores.group.tolist(), strict=True):
+        among = everything if config.deviation == "global" else groups[group]
+        spread = deviation(among, config.ddof)
+        guarded = spread + config.eps if config.eps_mode == "add" else max(spread, config.eps)
+        values.append(value / (1.0 if config.deviation == "none" else guarded))
+    return values
+
+
+def check_group(module: ModuleType) -> None:
+    scores = random_scores()
+    for kind in ("group", "global", "none"):
+        for ddof, eps, mode in ((0, 1e-4, "add"), (1, 0.3, "add"), (0, 9.0, "floor")):
+            config = module.Config(deviation=kind, ddof=ddof, eps=eps, eps_mode=mode)
+            advantages, _ = module.estimate(scores, config, {})
+            close(advantages.values, expected_group(scores, config))
+
+
+def check_leave_one_out(module: ModuleType) -> None:
+    scores = random_scores()
+    advantages, _ = module.estimate(scores, module.Config(), {})
+    for i, (reward, group) in enumerate(
+        zip(scores.combined.tolist(), scores.group.tolist(), strict=True)
+    ):
+        same = (scores.group == group) & scores.valid
+        same[i] = False
+        others = scores.combined[same].tolist()
+        usable = scores.valid[i] and others
+        close(advantages.values[i], reward - statistics.fmean(others) if usable else 0.0)
+
+
+def check_groups(module: ModuleType) -> None:
+    scores = random_scores()
+    groups = module.group_statistics(scores)
+    rewards = [found for _, found in sorted(rewards_by_group(scores).items())]
+    assert groups.flat.tolist() == [False, True, False, True]  # groups 2, 4, 7, 9
+    close(groups.count, [len(found) for found in rewards])
+    close(groups.centred, centred(scores))
+    everything = [reward for found in rewards for reward in found]
+    for ddof in (0, 1):
+        close(groups.deviation(ddof), [deviation(found, ddof) for found in rewards])
+        close(module.global_deviation(scores, ddof), deviation(everything, ddof))
+    values = torch.linspace(-3, 1, 13, dtype=torch.float64)
+    out = module.advantages_with_metrics(values, scores, groups)
+    sizes = [abs(v) for v, valid in zip(values.tolist(), scores.valid, strict=True) if valid]
+    assert torch.equal(out.keep, scores.valid)
+    close(out.metrics["reward_std"], statistics.fmean(deviation(found, 0) for found in rewards))
+    close(out.metrics["frac_reward_zero_std"], 0.5)
+    close(out.metrics["advantage/abs_mean"], statistics.fmean(sizes))
+    close(out.metrics["advantage/max"], max(sizes))
+
+
+def some_advantages() -> Advantages:
+    values = float64([-10, -5, 0, 2, 0, 10])
+    keep = torch.tensor([True, True, True, True, False, True])
+    return Advantages(values=values, keep=keep, metrics={"reward_std": 1.0})
+
+
+def no_scores() -> Scores:
+    return Scores(
+        combined=torch.zeros(6).double(),
+        group=torch.zeros(6, dtype=torch.int64),
+        valid=torch.ones(6, dtype=torch.bool),
+    )
+
+
+def check_clip(module: ModuleType) -> None:
+    for bound, normalize, output_max in ((5.0, True, 1.0), (1.0, False, 1.0), (4.0, True, 3.0)):
+        config = module.Config(bound=bound, normalize=normalize, output_max=output_max)
+        out = module.modulate(some_advantages(), no_scores(), config)
+        scale = output_max / bound if normalize else output_max
+        raw = some_advantages().values.tolist()
+        close(out.values, [max(-bound, min(bound, value)) * scale for value in raw])
+        assert out.keep.tolist() == some_advantages().keep.tolist()
+        used = [value for value in raw if value]
+        close(out.metrics["advantage/clip_ratio"], sum(abs(v) > bound for v in used) / 5)
+
+
+def check_drop_zero(module: ModuleType) -> None:
+    out = module.modulate(some_advantages(), no_scores(), module.Config())
+    close(out.values, some_advantages().values.tolist())
+    assert out.keep.tolist() == [True, True, False, True, False, True]
+    assert out.metrics == {"reward_std": 1.0, "advantage/dropped": 0.2}
+
+
+# --- reduction ------------------------------------------------------------------------------------
+
+
+def aggregate(values: dict[int, list[float]], weights: list[float], how: str, horizon: int):
+    """``values``: those of the existing decisions of each sample."""
+    total = sum(weights[b] * sum(row) for b, row in values.items())
+    used = sum(weights[b] for b, row in values.items() if row)
+    means = sum(weights[b] * statistics.fmean(row) for b, row in values.items() if row)
+    return {
+        "decision_mean": total / sum(weights[b] * len(row) for b, row in values.items()),
+        "decision_sum": total,
+        "sample_mean_of_means": means / used,
+        "sample_mean_of_sums": total / used,
+        "sample_sum_over_horizon": total / horizon / used,
+    }[how]
+
+
+AGGREGATIONS = (
+    "decision_mean",
+    "decision_sum",
+    "sample_mean_of_means",
+    "sample_mean_of_sums",
+    "sample_sum_over_horizon",
+)
+
+
+def reduced(module: ModuleType, loss: Tensor, mask: Tensor, weights: Tensor, how, horizon=None):
+    coefficients = module.decision_weights(mask, weights, how, horizon)
+    total = module.denominator(mask, weights, how)
+    return module.weighted_sum(loss, coefficients) / module.step_denominator(total)
+
+
+def check_reduction(module: ModuleType) -> None:
+    terms, batch = random_case()
+    mask, weights = batch.mask, float64([1, 0.5, 1, 1, 2, 0])
+    loss = terms.logp.detach().masked_fill(~mask, float("nan"))
+    values = {b: [loss[b, k].item() for k in range(5) if mask[b, k]] for b in range(6)}
+    for how in AGGREGATIONS:
+        expected = aggregate(values, weights.tolist(), how, 7)
+        close(reduced(module, loss, mask, weights, how, 7), expected)
+    close(
+        module.masked_mean(loss, mask)[1:4, 0], [*map(statistics.fmean, [values[1], values[2]]), 0]
+    )
+    used = [value for b, row in values.items() if weights[b] > 0 for value in row]
+    rows = {"each": loss, "sample": module.masked_mean(loss, mask)}
+    tallies = module.tallies(rows, mask, weights)
+    close(tallies["each"], (sum(used), len(used)))
+    close(tallies["sample"], (sum(statistics.fmean(values[b]) for b in (0, 1, 2, 4)), 4))
+    close(module.denominator(mask, weights, "sample_mean_of_sums", count_empty=True), 5.5)

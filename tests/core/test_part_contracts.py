@@ -1,0 +1,162 @@
+"""Every part in the folders of the core keeps its contract; a new file is covered at once."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from typing import get_type_hints
+
+import pytest
+import torch
+from core_oracles import random_case, random_scores
+
+from mmrl.resolve import entries, names, resolve
+from mmrl.schema import StrictModel
+from mmrl.types import TERMS, Advantages, LossTerms
+
+FUNCTIONS = {
+    "objectives": ("needs", "loss"),
+    "regularisers": ("needs", "loss"),
+    "advantages": ("estimate",),
+    "modulators": ("modulate",),
+}
+PARTS = [(kind, name) for kind in FUNCTIONS for name in names(kind)]
+
+
+def parts(*kinds: str):
+    chosen = [(kind, name) for kind, name in PARTS if kind in kinds]
+    return pytest.mark.parametrize(("kind", "name"), chosen, ids=[n for _, n in chosen])
+
+
+def test_shipped_parts_are_found():
+    assert {("objectives", "grpo"), ("objectives", "reinforce")} <= set(PARTS)
+    assert {("advantages", "group"), ("advantages", "leave_one_out")} <= set(PARTS)
+    assert {("modulators", "clip"), ("modulators", "drop_zero")} <= set(PARTS)
+    assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
+
+
+@parts(*FUNCTIONS)
+def test_documentation(kind, name):
+    module = resolve(kind, name)
+    entry = next(entry for entry in entries(kind) if entry.name == name)
+    assert entry.summary.endswith("."), "the first docstring line is a sentence"
+    assert entry.paper == module.PAPER
+    assert not module.PAPER or any(mark in module.PAPER for mark in ("arXiv:", "doi:"))
+    for function in FUNCTIONS[kind]:
+        assert inspect.getdoc(getattr(module, function))
+
+
+@parts(*FUNCTIONS)
+def test_configuration(kind, name):
+    config = resolve(kind, name).Config
+    assert issubclass(config, StrictModel)
+    assert config() == config.model_validate({}), "the defaults alone are a valid configuration"
+    for key, field in config.model_fields.items():
+        assert field.description, f"{key} is not documented"
+    if kind == "regularisers":
+        assert config.model_fields["coef"].metadata, "coef has no lower bound"
+        with pytest.raises(ValueError, match="coef"):
+            config(coef=-1)
+    if kind == "advantages":
+        assert resolve(kind, name).MIN_GROUP_SIZE >= 1
+
+
+@parts(*FUNCTIONS)
+def test_signatures(kind, name):
+    module = resolve(kind, name)
+    for function in FUNCTIONS[kind]:
+        reference = getattr(resolve(kind, names(kind)[0]), function)
+        parameters = list(inspect.signature(getattr(module, function)).parameters)
+        assert parameters == list(inspect.signature(reference).parameters)
+        assert get_type_hints(getattr(module, function))["config"] is module.Config
+
+
+def config_of(module):
+    """Defaults, with a penalty switched on."""
+    return module.Config(coef=0.5) if "coef" in module.Config.model_fields else module.Config()
+
+
+def only_needed(terms, needs):
+    return replace(terms, **{name: None for name in TERMS if name not in needs | {"logp"}})
+
+
+@parts("objectives", "regularisers")
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_losses(kind, name, on_policy):
+    """Needs are enough; the result is unreduced, finite, unweighted; padding is not logged."""
+    module = resolve(kind, name)
+    config = config_of(module)
+    terms, batch = random_case(on_policy=on_policy)
+    needs = module.needs(config)
+    assert isinstance(needs, frozenset)
+    assert needs <= set(TERMS)
+    out = module.loss(only_needed(terms, needs), batch, config)
+    assert isinstance(out, LossTerms)
+    assert out.loss.shape in (batch.mask.shape, (6, 1))
+    assert out.loss.isfinite().all()
+    heavier = replace(batch, weights=3 * batch.weights)
+    assert torch.equal(module.loss(terms, heavier, config).loss, out.loss)
+    for total, count in out.metrics.values():
+        assert isinstance(total, float)
+        assert count in (13, 4), "13 decisions in 4 samples are trained; the rest is padding"
+    narrow = replace(terms, **{n: v.float() for n, v in vars(terms).items() if n in TERMS})
+    assert module.loss(narrow, batch, config).loss.dtype in (torch.float32, torch.float64)
+
+
+@parts("objectives", "regularisers")
+def test_losses_of_a_batch_without_trained_samples(kind, name):
+    module = resolve(kind, name)
+    terms, batch = random_case()
+    idle = replace(batch, weights=torch.zeros(6).double())
+    out = module.loss(terms, idle, config_of(module))
+    assert all(pair == (0, 0) for pair in out.metrics.values())
+
+
+@parts("regularisers")
+def test_a_regulariser_of_weight_zero_computes_nothing(kind, name):
+    module = resolve(kind, name)
+    config = module.Config(coef=0)
+    assert module.needs(config) == frozenset()
+    terms, batch = random_case()
+    out = module.loss(only_needed(terms, frozenset()), batch, config)
+    assert not out.loss.any()
+    assert out.metrics == {}
+
+
+@parts("regularisers")
+def test_a_regulariser_ignores_advantages(kind, name):
+    module = resolve(kind, name)
+    terms, batch = random_case()
+    config = config_of(module)
+    other = replace(batch, advantages=-3 * batch.advantages)
+    assert torch.equal(
+        module.loss(terms, batch, config).loss, module.loss(terms, other, config).loss
+    )
+
+
+@parts("advantages")
+def test_estimators(kind, name):
+    module = resolve(kind, name)
+    scores = random_scores()
+    advantages, state = module.estimate(scores, module.Config(), {})
+    assert isinstance(advantages, Advantages)
+    assert not advantages.keep[~scores.valid].any()
+    assert not advantages.values[~scores.valid].any()
+    assert json.loads(json.dumps(state)) == state
+    assert all(isinstance(value, float) for value in advantages.metrics.values())
+
+
+@parts("modulators")
+def test_modulators(kind, name):
+    """What is dropped stays dropped and zero, and earlier metrics stay."""
+    module = resolve(kind, name)
+    scores = random_scores()
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(13, dtype=torch.float64, generator=draw).masked_fill(~scores.valid, 0)
+    given = Advantages(values=values, keep=scores.valid, metrics={"reward_std": 1.0})
+    out = module.modulate(given, scores, module.Config())
+    assert isinstance(out, Advantages)
+    assert not (out.keep & ~given.keep).any()
+    assert not out.values[~given.keep].any()
+    assert out.metrics["reward_std"] == 1.0
