@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmrl.resolve import nearest
+from mmrl.schema import nearest
 from mmrl.types import UserError, require
 
 Aggregation = Literal[

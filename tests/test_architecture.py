@@ -1,0 +1,194 @@
+"""The shape of the code: which way imports point, and how long things may be.
+
+Imports are read from source, wherever they stand in a file, so a late import is no way round.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mmrl", "diffusion", "rewards", "vlm")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MODEL_LIBRARIES = frozenset({"diffusers", "transformers", "peft", "open_clip", "rapidocr"})
+
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 80
+MAX_POSITIONAL = 7
+LONG_FUNCTIONS: dict[str, int] = {}
+"""``module.function`` -> lines: known exceptions; the list only ever shrinks."""
+
+RECORDS = frozenset({"mmrl.types", "mmrl.schema", "mmrl.resolve"})
+MATHS = RECORDS | {"mmrl.divergences", "mmrl.reduction"}
+MAY_IMPORT = {
+    "mmrl.types": frozenset(),
+    "mmrl.schema": frozenset({"mmrl.types"}),
+    "mmrl.resolve": frozenset({"mmrl.types", "mmrl.schema"}),
+    "mmrl.divergences": RECORDS,
+    "mmrl.reduction": RECORDS,
+    "mmrl.objectives": MATHS,
+    "mmrl.regularisers": MATHS,
+    "mmrl.advantages": RECORDS,
+    "mmrl.modulators": RECORDS,
+    "mmrl.prompts": RECORDS,
+    "mmrl.backend": frozenset({"mmrl.types"}),
+    "rewards": RECORDS,
+}
+"""All that a part of the tree may import of this project, beside itself."""
+
+NEVER = {
+    "mmrl": frozenset({"diffusion", "vlm"}) | MODEL_LIBRARIES,
+    # It reports what works on this machine, so it asks the backends; nothing imports it but the CLI.
+    "mmrl.doctor": frozenset({"vlm"}) | MODEL_LIBRARIES,
+    "mmrl.text": frozenset({"diffusion", "vlm", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),
+    "diffusion": frozenset({"vlm", "mmrl.text", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),
+    "vlm": frozenset({"diffusion", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),
+    "rewards": frozenset({"diffusers", "peft"}),
+}
+"""What a part of the tree must not import; the longest matching prefix decides."""
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def rule(table: dict[str, frozenset[str]], name: str) -> tuple[str, frozenset[str]] | None:
+    """The entry whose key is the longest prefix of ``name``."""
+    matches = [prefix for prefix in table if within(name, prefix)]
+    return (max(matches, key=len), table[max(matches, key=len)]) if matches else None
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Every imported module; ``from package import name`` counts as ``package.name``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which way an arrow points"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(name: str, imported: list[str]) -> list[str]:
+    found = []
+    allowed = rule(MAY_IMPORT, name)
+    if allowed:
+        home, targets = allowed
+        ours = [other for other in imported if other.split(".")[0] in PACKAGES]
+        found += [o for o in ours if not any(within(o, t) for t in (home, *targets))]
+    forbidden = rule(NEVER, name)
+    if forbidden:
+        found += [o for o in imported if any(within(o, t) for t in forbidden[1])]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path):
+    assert violations(module_name(path), list(imports(tree_of(path)))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "imported"),
+    [
+        ("mmrl.objectives.grpo", "mmrl.config.RunConfig"),
+        ("mmrl.advantages.group", "mmrl.objectives.grpo"),
+        ("mmrl.divergences", "mmrl.reduction"),
+        ("mmrl.types", "mmrl.backend"),
+        ("mmrl.prompts.uniform", "mmrl.trainer"),
+        ("mmrl.trainer", "diffusion.backend"),
+        ("mmrl.cli", "transformers.AutoModel"),
+        ("mmrl.text.backend", "diffusion.noise"),
+        ("rewards.ocr", "mmrl.backend.Backend"),
+        ("rewards.ocr", "diffusion.backend"),
+        ("diffusion.backend", "mmrl.text.rollout"),
+        ("vlm.backend", "diffusion.noise"),
+    ],
+)
+def test_a_wrong_import_is_noticed(name, imported):
+    assert set(violations(name, [imported])) == {imported}
+
+
+@pytest.mark.parametrize(
+    ("name", "imported"),
+    [
+        ("mmrl.objectives.grpo", "mmrl.reduction.tallies"),
+        ("mmrl.objectives.grpo", "mmrl.objectives._ratio.log_ratio"),
+        ("mmrl.trainer", "rewards.combine.Scorer"),
+        ("diffusion.backend", "diffusers.SASolverScheduler"),
+        ("mmrl.text.backend", "transformers.AutoModel"),
+        ("vlm.backend", "mmrl.text.backend"),
+    ],
+)
+def test_a_right_import_is_allowed(name, imported):
+    assert violations(name, [imported]) == []
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_sizes(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_FILE_LINES
+    for node in functions(tree_of(path)):
+        name = f"{module_name(path)}.{node.name}"
+        assert length(node) <= LONG_FUNCTIONS.get(name, MAX_FUNCTION_LINES), name
+        positional = [*node.args.posonlyargs, *node.args.args]
+        assert len(positional) <= MAX_POSITIONAL, f"{name} takes {len(positional)} arguments"
+
+
+def test_exceptions_are_still_needed():
+    actual = {
+        f"{module_name(path)}.{node.name}": length(node)
+        for path in FILES
+        for node in functions(tree_of(path))
+    }
+    stale = {name for name in LONG_FUNCTIONS if actual.get(name, 0) <= MAX_FUNCTION_LINES}
+    assert not stale, "take these out of LONG_FUNCTIONS"
+
+
+def test_functions_are_short_on_the_whole():
+    lengths = sorted(length(node) for path in FILES for node in functions(tree_of(path)))
+    assert lengths[len(lengths) // 2] <= 15
+    assert lengths[len(lengths) * 9 // 10] <= 40
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages in a fresh interpreter after ``statement``."""
+    code = f"{statement}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_mmrl_is_light():
+    assert not loaded_by("import mmrl") & (MODEL_LIBRARIES | {"torch", "accelerate", "numpy"})
+
+
+def test_the_core_mathematics_loads_no_model_library():
+    parts = "mmrl.objectives.grpo, mmrl.regularisers.kl_ema, mmrl.advantages.group, mmrl.backend"
+    heavy = MODEL_LIBRARIES | {"accelerate", "diffusion", "rewards", "vlm"}
+    assert not loaded_by(f"import {parts}") & heavy
