@@ -137,17 +137,27 @@ class _Clip:
         return (image * text).sum(-1).cpu()
 
 
+def _open_clip() -> Any:
+    # Imported late: it takes seconds that only this reward should pay.
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"open_clip cannot be imported ({error}); torch and torchvision must come from the "
+            "same release and both for CPU or both for the same CUDA"
+        ) from error
+    return open_clip
+
+
 @cache
 def _loaded(name: str, pretrained: str | None, device: torch.device) -> _Clip:
-    # Imported here: it takes seconds that only this reward should pay.
-    import open_clip
-
+    open_clip = _open_clip()
     if not name.startswith((LOCAL, HUB)) and name.replace("/", "-") not in open_clip.list_models():
         raise UserError(f"model_name: unknown {name!r}; {nearest(name, open_clip.list_models())}")
     try:
         model, preprocess = open_clip.create_model_from_pretrained(
             name, pretrained, device=device, weights_only=True, return_transform=True
-        )  # pyright: ignore[reportGeneralTypeIssues]
+        )
     except RuntimeError as error:
         raise UserError(f"open_clip cannot load {name!r} with {pretrained!r}: {error}") from error
     return _Clip(model, preprocess, open_clip.get_tokenizer(name), device)

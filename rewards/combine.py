@@ -325,7 +325,7 @@ class _BadReturnError(Exception):
 
 
 def _as_values(returned: Any, size: int) -> Tensor:
-    """float64 [size] from a tensor, array or sequence, NaN for None; ``_BadReturnError`` otherwise."""
+    """float64 [size] from a tensor, array or list, NaN for None; else ``_BadReturnError``."""
     if isinstance(returned, np.ndarray):
         returned = returned.tolist()
     if isinstance(returned, list | tuple):

@@ -1,6 +1,6 @@
 """Any Python callable, named by its dotted path.
 
-Range and direction are the function's own (higher is taken as better).  It is called as
+Range and direction are the function's own (higher is better).  It is called as
 ``function(prompts, outputs, **columns, **kwargs)`` and returns N numbers, NaN or None where it does
 not apply.  A reward whose name is itself a dotted path is short for this one.
 """
