@@ -12,6 +12,7 @@ from html import escape
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 SERIES_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308")
 # Colours that no drawing uses, replaced by variables of the page's style sheet after drawing.
@@ -67,6 +68,9 @@ def line_chart(
         axes.grid(axis="y")
         if log_scale:
             axes.set_yscale("log")
+            # Plain numbers: the default labels are mathematics, which SVG text does not set.
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         for i, item in enumerate(series):
             _draw(axes, item, SERIES_COLOURS[i % len(SERIES_COLOURS)], markers)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, MUTED = "#ffffff", "#111827", "#6b7280"
 MARGIN, GAP = 16, 6
-CAPTION_SIZE, TITLE_SIZE = 16, 22
+CAPTION_SIZE, TITLE_SIZE = 20, 26
 ELLIPSIS = "\u2026"
 
 

@@ -128,10 +128,11 @@ def comparison_rows(folders: Sequence[RunFolder]) -> dict[str, list[Change | Non
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-    """A value with four significant digits, or a dash where there is none."""
+    """A value with three decimals, very large or small ones in short form; a dash for none."""
     if value is None or not is_finite(value):
         return "\u2013"
-    return f"{value:{'+' if sign else ''}.4g}"
+    plain = value == 0 or 1e-3 <= abs(value) < 1e5
+    return f"{value:{'+' if sign else ''}{'.3f' if plain else '.3g'}}"
 
 
 def duration(seconds: float) -> str:

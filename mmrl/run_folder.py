@@ -86,14 +86,15 @@ def read_run(path: Path) -> RunFolder:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of ``metrics.jsonl``; none if there is no file.
 
-    A killed run may leave a broken line, usually the last: it is skipped with a warning.
+    A killed run leaves half a line at the end, which is skipped; a broken line anywhere else is
+    skipped with a warning.
     """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     parsed = [_parse_row(line) for line in lines]
     for number, (line, row) in enumerate(zip(lines, parsed, strict=True), 1):
-        if row is None and line.strip():
+        if row is None and line.strip() and number < len(lines):
             LOG.warning("%s:%d is not a metrics line and is skipped", path, number)
     return [row for row in parsed if row is not None]
 

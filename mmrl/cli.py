@@ -1,0 +1,312 @@
+"""The command line: ``mmrl train``, ``check``, ``eval``, ``sample``, ``report``, ``compare``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from mmrl.run_folder import CONFIG, Change, before_after, read_run
+from mmrl.types import UserError
+
+if TYPE_CHECKING:
+    from mmrl.config import RunConfig
+
+USER_MISTAKE, FAILED_CHECK, INTERRUPTED = 2, 1, 130
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace those of the file, such as training.num_steps=10 or "
+        "rewards.0.weight=2.",
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+class Commands(TyperGroup):
+    """Turns what users can put right into one message and an exit code, for every command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; exit 2 for a user's mistake and 130 for an interruption."""
+        try:
+            return super().invoke(ctx)
+        except (UserError, ValidationError) as error:
+            _print_error(_message(error))
+            raise typer.Exit(USER_MISTAKE) from None
+        except KeyboardInterrupt:
+            _print_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="RL fine-tuning of generative models.",
+    epilog="Start with: mmrl train configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    # An unexpected exception is a bug: its plain traceback belongs in the report of it.
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of ``mmrl``, ``python -m mmrl`` and ``accelerate launch -m mmrl``."""
+    app(prog_name="mmrl")
+
+
+@app.command(epilog="Example: mmrl train configs/quickstart.yaml seed=1 name=second")
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint of the run folder.")
+    ] = False,
+) -> None:
+    """Train a model; ends with a table of held-out results and a run folder with a report.
+
+    Prefix it with [bold]accelerate launch -m[/] to use several processes or GPUs.
+    """
+    loaded = _load(config, overrides)
+    from mmrl.runner import train as run_training
+
+    run = run_training(loaded, resume=resume)
+    console = _console()
+    changes = before_after(read_run(run).metrics)
+    if changes:
+        console.print(results_table(changes))
+    console.print(f"Run folder: {run}", soft_wrap=True)
+
+
+@app.command(epilog="Example: mmrl check configs/quickstart.yaml training.group_size=16")
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Validate a configuration and print what it amounts to; loads no weights."""
+    loaded = _load(config, overrides)
+    from mmrl.preflight import describe
+
+    table = _table("", "", title=loaded.name, show_header=False)
+    for name, value in describe(loaded):
+        table.add_row(name, value)
+    console = _console()
+    console.print(table)
+    console.print(f"{config}: valid", style="green")
+
+
+@app.command("eval", epilog="Example: mmrl eval runs/quickstart evaluation.samples_per_prompt=16")
+def evaluate(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CONFIG",
+            help="A run folder (its final weights, else its last checkpoint) or a YAML file (the "
+            "model before training).",
+        ),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Score weights on the held-out prompts; a run also gets a file eval-TIME.json."""
+    run = target if target.is_dir() else None
+    if run is not None:
+        read_run(run)
+    loaded = _load(run / CONFIG if run else target, overrides)
+    from mmrl.runner import evaluate as run_evaluation
+
+    values = run_evaluation(loaded, run=run)
+    console = _console()
+    console.print(values_table(values))
+    if run is not None and is_main_process():
+        out = run / f"eval-{datetime.now():%Y%m%d-%H%M%S}.json"
+        record = {"overrides": overrides or [], "values": values}
+        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Written: {out}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: mmrl sample runs/quickstart --prompt 'a red sign \"42\"' --count 8 --out signs"
+)
+def sample(
+    run: RunArgument,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+) -> None:
+    """Draw images with the trained weights: one PNG each, and all of them as grid.png."""
+    read_run(run)
+    from mmrl.runner import sample as run_sampling
+
+    images = run_sampling(run, prompt, count=count, seed=seed)
+    if is_main_process():
+        save_samples(images, prompt, out)
+    _console().print(f"Written: {out / 'grid.png'} and {len(prompt) * count} images")
+
+
+@app.command(epilog="Example: mmrl report runs/quickstart")
+def report(run: RunArgument) -> None:
+    """Write RUN/report.html again from what the run folder holds, also for an unfinished run."""
+    from mmrl.report import write_report
+
+    if is_main_process():
+        _console().print(f"Written: {write_report(run)}", soft_wrap=True)
+
+
+@app.command(epilog="Example: mmrl compare runs/first runs/second --out compare.html")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Two run folders or more.")],
+    out: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("compare.html"),
+) -> None:
+    """Curves, results, samples and differing settings of several runs side by side."""
+    if len(runs) < 2:
+        raise UserError(f"compare needs two run folders or more, got {len(runs)}")
+    from mmrl.report import write_comparison
+
+    if is_main_process():
+        console = _console()
+        console.print(comparison_table(runs))
+        console.print(f"Written: {write_comparison(runs, out)}", soft_wrap=True)
+
+
+@app.command("list", epilog="Example: mmrl list rewards")
+def list_parts(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND",
+            help="objectives, advantages, modulators, regularisers, samplers, rewards, models or "
+            "backends; all of them without it.",
+        ),
+    ] = None,
+) -> None:
+    """The parts a configuration can name: what each does, and its paper."""
+    from mmrl.resolve import KINDS, entries
+
+    console = _console()
+    for each in [kind] if kind else [*KINDS, "backends"]:
+        table = _table("name", "what it does", "paper", title=each)
+        for entry in entries(each):
+            table.add_row(Text(entry.name, style="bold"), Text(entry.summary), Text(entry.paper))
+        console.print(table)
+
+
+@app.command(epilog="Example: mmrl doctor")
+def doctor() -> None:
+    """What works on this machine: versions, devices, dtypes, attention kernels, OCR."""
+    from mmrl.doctor import examine
+
+    console = _console()
+    marks = {"ok": ("ok", "green"), "note": ("--", "yellow"), "fail": ("FAIL", "red")}
+    failed = 0
+    for result in examine():
+        mark, style = marks[result.status]
+        line = Text.assemble((f"{mark:>4}  ", style), f"{result.topic:<28} {result.detail}")
+        console.print(line, soft_wrap=True)
+        failed += result.status == "fail"
+    if failed:
+        _print_error(f"{failed} of the checks failed")
+        raise typer.Exit(FAILED_CHECK)
+
+
+def results_table(changes: Sequence[Change]) -> Table:
+    """Before, after and best of each evaluation metric, for the terminal."""
+    from mmrl.report import number
+
+    table = _table("held-out metric", title="Before and after")
+    for column in ("before", "after", "change", "best"):
+        table.add_column(column, justify="right")
+    for c in changes:
+        cells = (number(c.before), number(c.after), number(c.change, sign=True), number(c.best))
+        table.add_row(Text(c.name), *cells)
+    return table
+
+
+def values_table(values: Mapping[str, float]) -> Table:
+    """Names and values of one evaluation, for the terminal."""
+    from mmrl.report import number
+
+    table = _table("held-out metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(Text(name), number(value))
+    return table
+
+
+def comparison_table(runs: Sequence[Path]) -> Table:
+    """The last value of each evaluation metric in every run, for the terminal."""
+    from mmrl.report import comparison_rows, labels, number
+
+    folders = [read_run(run) for run in runs]
+    table = _table("held-out metric")
+    for label in labels(folders):
+        table.add_column(Text(label), justify="right")
+    for name, changes in comparison_rows(folders).items():
+        cells = [None if c is None else c.before if c.after is None else c.after for c in changes]
+        table.add_row(Text(name), *(number(value) for value in cells))
+    return table
+
+
+def save_samples(images: Sequence[Sequence[Any]], prompts: Sequence[str], out: Path) -> None:
+    """Write ``PROMPT-SAMPLE.png`` for every image (numbers from 0) and ``grid.png``."""
+    from mmrl.images import labelled_grid
+
+    out.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            image.save(out / f"{i:03d}-{j:03d}.png")
+    labelled_grid(images, prompts).save(out / "grid.png")
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process that prints and writes."""
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+
+
+def _table(*columns: str, title: str | None = None, show_header: bool = True) -> Table:
+    return Table(
+        *columns, title=title, title_justify="left", show_header=show_header, box=box.SIMPLE_HEAD
+    )
+
+
+def _console() -> Console:
+    # Made when needed, so that it writes to the standard output of the moment.
+    return Console(quiet=not is_main_process(), highlight=False)
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> RunConfig:
+    from mmrl.config import load
+
+    return load(path, overrides or [])
+
+
+def _message(error: UserError | ValidationError) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return "\n".join(lines)
+
+
+def _print_error(message: str) -> None:
+    """On standard error from every process: a mistake may show on one of them only."""
+    where = "" if is_main_process() else f"[process {_rank()}] "
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(where, ("error: ", "bold red"), message), soft_wrap=True)
