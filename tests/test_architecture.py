@@ -45,7 +45,7 @@ MAY_IMPORT = {
 
 NEVER = {
     "mmrl": frozenset({"diffusion", "vlm"}) | MODEL_LIBRARIES,
-    # It reports what works on this machine, so it asks the backends; nothing imports it but the CLI.
+    # It reports what works on this machine, so it asks the backends; only the CLI imports it.
     "mmrl.doctor": frozenset({"vlm"}) | MODEL_LIBRARIES,
     "mmrl.text": frozenset({"diffusion", "vlm", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),
     "diffusion": frozenset({"vlm", "mmrl.text", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +38,13 @@ def group_statistics(scores: Scores) -> GroupStatistics:
     valid = scores.valid
 
     def per_group(values: Tensor, reduce: str, start: float) -> Tensor:
-        initial = torch.full((len(identities),), start, dtype=torch.float64)
+        initial = values.new_full((len(identities),), start)
         return initial.scatter_reduce(0, member[valid], values[valid], reduce)
 
     count = per_group(torch.ones_like(scores.combined), "sum", 0.0)
     mean = per_group(scores.combined, "sum", 0.0) / count.clamp(min=1)
-    infinity = float("inf")
-    flat = per_group(scores.combined, "amax", -infinity) <= per_group(
-        scores.combined, "amin", infinity
-    )
+    highest = per_group(scores.combined, "amax", -math.inf)
+    flat = highest <= per_group(scores.combined, "amin", math.inf)
     centred = torch.where(valid & ~flat[member], scores.combined - mean[member], 0.0)
     squares = per_group(centred.square(), "sum", 0.0)
     return GroupStatistics(member=member, count=count, centred=centred, squares=squares, flat=flat)

@@ -2,7 +2,7 @@
 
     A_i = r_i - mean(r_j, j != i) = n / (n - 1) * (r_i - mean(r))
 
-RLOO (Ahmadian et al. 2024, arXiv:2402.14740, section 3.2): the baseline does not depend on the
+RLOO (Ahmadian et al. 2024, arXiv:2402.14740): the baseline does not depend on the
 sample, so the policy gradient stays unbiased.
 """
 

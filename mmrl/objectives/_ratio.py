@@ -21,8 +21,8 @@ def logp_before(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
 def log_ratio(terms: PolicyTerms, batch: UpdateBatch, importance: Importance) -> Tensor:
     """Clamped log importance ratio: [B, K] for ``decision``, [B, 1] for ``sample``.
 
-    ``sample`` is the mean of the log-ratios over the decisions of the sample (GSPO,
-    arXiv:2507.18071, eq. 7).  0 at masked decisions, exactly 0 everywhere on-policy.
+    ``sample`` is the mean of the log-ratios over the decisions of the sample (the sequence ratio
+    of GSPO, arXiv:2507.18071).  0 at masked decisions, exactly 0 everywhere on-policy.
     """
     per_decision = where_active(terms.logp - logp_before(terms, batch), batch.mask)
     if importance == "sample":

@@ -3,7 +3,7 @@
     loss = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)),   r = exp(logp - logp_old)
 
 PPO's surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7) with the group-relative advantages
-of GRPO, the separate bounds of DAPO (arXiv:2503.14476, eq. 10) and, with ``importance: sample``,
+of GRPO, the separate bounds of DAPO (arXiv:2503.14476) and, with ``importance: sample``,
 the sequence ratio of GSPO (arXiv:2507.18071).  With a flow-matching likelihood it is AWM
 (arXiv:2509.25050).
 """

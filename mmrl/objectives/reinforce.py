@@ -2,7 +2,7 @@
 
     loss = -A logp
 
-Williams 1992, section 4.  Strictly on-policy: no importance ratio corrects for stale samples.
+Williams 1992 (REINFORCE).  Strictly on-policy: no importance ratio corrects for stale samples.
 """
 
 from __future__ import annotations

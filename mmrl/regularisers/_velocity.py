@@ -1,8 +1,8 @@
 """Penalties on the gap between two velocity fields of a flow-matching model.
 
-Both fields are evaluated at the same noised latent.  The mean squared gap is the divergence of one
-deterministic-time regression from the other (``velocity``); dividing by 2 s^2 gives the closed-form
-KL of two Gaussian transitions with the variance of Flow-GRPO's sampler (``velocity_elbo``).
+Both fields are evaluated at the same noised latent.  Their mean squared gap is taken as it is
+(``velocity``) or divided by 2 s^2 (``velocity_elbo``), like the closed-form KL of two Gaussians
+whose standard deviation s is the diffusion coefficient of Flow-GRPO's sampler at noise level 0.7.
 """
 
 from __future__ import annotations
