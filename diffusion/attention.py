@@ -49,7 +49,9 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """memory_efficient_attention of xformers, whose layout is [B, tokens, heads, head size]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it comments on its own build when first imported
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import (  # pyright: ignore[reportMissingImports] - Linux x86-64 only
+            memory_efficient_attention,
+        )
 
     swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return memory_efficient_attention(*swapped).transpose(1, 2)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from diffusion import noise, schedule
 from diffusion.attention import Availability, apply_attention, pick_attention
-from diffusion.config import Config, LoraConfig, RolloutConfig
+from diffusion.config import DTYPES, Config, RolloutConfig
+from diffusion.estimate import describe, estimate_memory
 from diffusion.likelihoods import (
     draw_times,
     interpolate,
@@ -26,22 +27,21 @@ from diffusion.likelihoods import (
     surrogate_logp,
     velocity_error,
 )
+from diffusion.lora import ADAPTER, adapters_off, prepare_weights
 from diffusion.models.base import Condition, locate
 from diffusion.noise import NoiseKey
 from diffusion.weights import (
     Snapshot,
-    adapters_off,
     ema_decay,
     evaluation_decay,
     trainable,
     whole,
 )
 from mmrl.resolve import resolve
-from mmrl.types import PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch, UserError
+from mmrl.types import PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
 
 PAPER = "Xue et al. 2025, arXiv:2509.25050"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAPTER = "default"
+__all__ = ["PAPER", "Config", "DiffusionBackend", "build", "describe", "estimate_memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,74 +339,13 @@ def build(
     folder = locate(config.model.path, weights=True)
     dtype = DTYPES[config.model.dtype]
     attention = pick_attention(config.model.attention, device, dtype)
-    family = resolve("models", config.model.family).load(folder, dtype, device)
+    family_module = resolve("models", config.model.family)
+    family = family_module.load(folder, dtype, device)
     conditions = _encode(family, prompts, config)
     family.release_encoders()
-    _prepare_weights(family.transformer, config, seed)
+    prepare_weights(family.transformer, config.model, family_module.LORA_TARGETS, seed)
     apply_attention(family.transformer, attention.name)
     return DiffusionBackend(config, family, conditions, needs=needs, attention=attention)
-
-
-def describe(config: Config) -> list[str]:
-    """Lines for ``mmrl check``: what would be built. Loads no weights."""
-    model, lora = config.model, config.model.lora
-    folder = locate(model.path, weights=False)
-    total, trained = _parameter_counts(config, folder)
-    shape = _latent_shape(config, folder)
-    how = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora else "all parameters"
-    sampling = config.rollout
-    return [
-        f"model: {model.family} at {model.path}, {total:,} parameters, {model.dtype}",
-        f"trained: {trained:,} parameters ({how})",
-        f"latents: {shape[0]} x {shape[1]} x {shape[2]}",
-        f"rollout: {sampling.scheduler}, {sampling.num_steps} steps, guidance {sampling.guidance:g}",
-        f"likelihood: {config.likelihood.weighting}, {config.likelihood.num_times} noise levels",
-    ]
-
-
-def estimate_memory(config: Config) -> dict[str, float]:
-    """Bytes of ``weights`` (transformer), ``gradients_and_optimizer`` (AdamW) and, roughly,
-    ``activations_per_sample``: of one sample with all its noise levels. Loads no weights.
-    """
-    folder = locate(config.model.path, weights=False)
-    total, trained = _parameter_counts(config, folder)
-    size = torch.empty((), dtype=DTYPES[config.model.dtype]).element_size()
-    weights = total * size + trained * 4 if config.model.lora else total * 4
-    return {
-        "weights": float(weights),
-        "gradients_and_optimizer": float(trained * 4 * 3),
-        "activations_per_sample": _activations(config, folder, size),
-    }
-
-
-def _activations(config: Config, folder: Path, size: int) -> float:
-    network = resolve("models", config.model.family).meta_transformer(folder)
-    _, height, width = _latent_shape(config, folder)
-    text = 77 + config.model.max_sequence_length
-    tokens = height * width // network.config.patch_size**2 + text
-    layers = network.config.num_layers
-    # About 34 hidden-sized tensors a block without recomputation (Korthikanti et al. 2022,
-    # arXiv:2205.05198, eq. 1 without the attention matrix); with it one a block and one whole block.
-    held = layers + 34 if config.model.gradient_checkpointing else 34 * layers
-    return float(config.likelihood.num_times * tokens * network.inner_dim * held * size)
-
-
-def _latent_shape(config: Config, folder: Path) -> tuple[int, int, int]:
-    family = resolve("models", config.model.family)
-    network = family.meta_transformer(folder).config
-    scale = family.vae_scale_factor(folder)
-    return family.latent_shape(network, scale, config.rollout.height, config.rollout.width)
-
-
-def _parameter_counts(config: Config, folder: Path) -> tuple[int, int]:
-    """Parameters of the transformer without adapters, and those that are trained."""
-    network = resolve("models", config.model.family).meta_transformer(folder)
-    total = sum(parameter.numel() for parameter in network.parameters())
-    if config.model.lora is None:
-        return total, total
-    with torch.device("meta"):
-        _add_lora(network, config.model.lora, _lora_targets(config))
-    return total, sum(parameter.numel() for parameter in trainable(network).values())
 
 
 def _encode(family: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Condition]:
@@ -419,45 +358,6 @@ def _encode(family: Any, prompts: Sequence[Prompt], config: Config) -> dict[str,
     encoded = family.encode(distinct, config.model.max_sequence_length)
     by_text = dict(zip(distinct, encoded, strict=True))
     return {prompt_id: by_text[text] for prompt_id, text in texts.items()}
-
-
-def _prepare_weights(transformer: Any, config: Config, seed: int) -> None:
-    """Trained parameters in float32, the others frozen in the configured dtype."""
-    transformer.eval()
-    if config.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if config.model.lora is None:
-        transformer.float().requires_grad_(True)
-        return
-    transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(noise.generator(seed, 0, "lora").initial_seed())
-        _add_lora(transformer, config.model.lora, _lora_targets(config))
-    for parameter in trainable(transformer).values():
-        parameter.data = parameter.data.float()
-
-
-def _add_lora(transformer: Any, lora: LoraConfig, targets: list[str]) -> None:
-    from peft import LoraConfig as PeftConfig
-
-    init = "gaussian" if lora.init == "gaussian" else True
-    peft_config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - peft divides it, any number
-        target_modules=targets,
-        init_lora_weights=init,
-    )
-    try:
-        transformer.requires_grad_(False)
-        transformer.add_adapter(peft_config, ADAPTER)
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules = {targets}: {error}") from error
-
-
-def _lora_targets(config: Config) -> list[str]:
-    assert config.model.lora is not None
-    family = resolve("models", config.model.family)
-    return config.model.lora.target_modules or list(family.LORA_TARGETS)
 
 
 def _wanted_copies(config: Config, needs: frozenset[str]) -> frozenset[str]:

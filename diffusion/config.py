@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
 from diffusion.schedule import Grid, Scheduler
 from mmrl.schema import StrictModel
 from mmrl.types import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_sampler(scheduler: str, grid: str, num_steps: int, section: str) -> None:
@@ -32,53 +35,106 @@ def check_sampler(scheduler: str, grid: str, num_steps: int, section: str) -> No
 class LoraConfig(StrictModel):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(32, ge=1, description="Rank of the update.")
-    alpha: float = Field(64.0, gt=0, description="The update is scaled by alpha / rank.")
+    rank: int = Field(
+        default=32,
+        ge=1,
+        description="Rank of the update.",
+    )
+    alpha: float = Field(
+        default=64.0,
+        gt=0,
+        description="The update is scaled by alpha / rank.",
+    )
     target_modules: list[str] | None = Field(
-        None, min_length=1, description="Module name endings; null: the family's attention layers."
+        default=None,
+        min_length=1,
+        description="Module name endings; null: the family's attention layers.",
     )
     init: Literal["gaussian", "default"] = Field(
-        "gaussian", description="Start of the A matrix: N(0, 1/rank) or Kaiming-uniform; B is 0."
+        default="gaussian",
+        description="Start of the A matrix: N(0, 1/rank) or Kaiming-uniform; B is 0.",
     )
 
 
 class ModelConfig(StrictModel):
     """Which network is trained, and in what form."""
 
-    family: str = Field("sd3", description="A file in diffusion/models.")
-    path: str = Field(description="Folder of a diffusers pipeline, or a hub id.")
+    family: str = Field(
+        default="sd3",
+        description="A file in diffusion/models.",
+    )
+    path: str = Field(
+        description="Folder of a diffusers pipeline, or a hub id.",
+    )
     attention: Literal["auto", "sdpa", "xformers", "flash"] = Field(
-        "auto", description="Attention kernel; auto tries xformers, then flash, then sdpa."
+        default="auto",
+        description="Attention kernel; auto tries xformers, then flash, then sdpa.",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="Frozen weights and autocast; trained parameters are always fp32."
+        default="bf16",
+        description="Frozen weights and autocast; trained parameters are always fp32.",
     )
-    lora: LoraConfig | None = Field(LoraConfig(), description="Null: train every parameter.")
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(),
+        description="Null: train every parameter.",
+    )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute blocks in the backward pass: less memory, more time."
+        default=False,
+        description="Recompute blocks in the backward pass: less memory, more time.",
     )
     max_sequence_length: int = Field(
-        256, ge=1, le=512, description="T5 tokens (zeros where the pipeline has no T5)."
+        default=256,
+        ge=1,
+        le=512,
+        description="T5 tokens (zeros where the pipeline has no T5).",
     )
 
 
 class RolloutConfig(StrictModel):
     """How samples are drawn."""
 
-    scheduler: Scheduler = Field("euler", description="Integrator from noise to data.")
-    num_steps: int = Field(10, ge=1, description="Network evaluations for one sample.")
+    scheduler: Scheduler = Field(
+        default="euler",
+        description="Integrator from noise to data.",
+    )
+    num_steps: int = Field(
+        default=10,
+        ge=1,
+        description="Network evaluations for one sample.",
+    )
     guidance: float = Field(
-        1.0, ge=1.0, description="Classifier-free guidance; 1: none, one forward a step."
+        default=1.0,
+        ge=1.0,
+        description="Classifier-free guidance; 1: none, one forward a step.",
     )
-    grid: Grid = Field("diffusers_default", description="Noise levels that the integrator visits.")
+    grid: Grid = Field(
+        default="diffusers_default",
+        description="Noise levels that the integrator visits.",
+    )
     shift: float = Field(
-        3.0, gt=0, description="Time shift s of sigma' = s sigma / (1+(s-1)sigma)."
+        default=3.0,
+        gt=0,
+        description="Time shift s: s sigma / (1 + (s-1) sigma).",
     )
-    height: int | None = Field(None, ge=1, description="Pixels; null: the pipeline's default.")
-    width: int | None = Field(None, ge=1, description="Pixels; null: the pipeline's default.")
-    batch_size: int = Field(16, ge=1, description="Images in one forward; changes no sample.")
+    height: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels; null: the pipeline's default.",
+    )
+    width: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels; null: the pipeline's default.",
+    )
+    batch_size: int = Field(
+        default=16,
+        ge=1,
+        description="Images in one forward; changes no sample.",
+    )
     noise_level: float = Field(
-        0.0, ge=0.0, description="tau of sa_solver where .3 <= sigma <= .9; 0: deterministic."
+        default=0.0,
+        ge=0.0,
+        description="tau of sa_solver where .3 <= sigma <= .9; 0: deterministic.",
     )
 
     @model_validator(mode="after")
@@ -95,39 +151,89 @@ class RolloutConfig(StrictModel):
 class EvaluationConfig(StrictModel):
     """Differences between sampling for evaluation and for training; null: as in ``rollout``."""
 
-    num_steps: int | None = Field(None, ge=1, description="Network evaluations for one sample.")
-    guidance: float | None = Field(None, ge=1.0, description="Classifier-free guidance.")
-    scheduler: Scheduler | None = Field(None, description="Integrator from noise to data.")
+    num_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Network evaluations for one sample.",
+    )
+    guidance: float | None = Field(
+        default=None,
+        ge=1.0,
+        description="Classifier-free guidance.",
+    )
+    scheduler: Scheduler | None = Field(
+        default=None,
+        description="Integrator from noise to data.",
+    )
 
 
 class EmaConfig(StrictModel):
-    """The slow copy phi of the policy: phi <- d phi + (1-d) theta, d = min(max_decay, rate step)."""
+    """Slow copy phi of the policy theta: phi <- d phi + (1-d) theta.
 
-    max_decay: float = Field(0.3, ge=0.0, lt=1.0, description="Upper end of the decay d.")
-    rate: float = Field(0.001, ge=0.0, description="Growth of d with each training step.")
+    After training step s, d = min(max_decay, rate s).
+    """
+
+    max_decay: float = Field(
+        default=0.3,
+        ge=0.0,
+        lt=1.0,
+        description="Upper end of the decay d.",
+    )
+    rate: float = Field(
+        default=0.001,
+        ge=0.0,
+        description="Growth of d with each training step.",
+    )
 
 
 class FlowMatchingConfig(StrictModel):
     """Likelihood surrogate of Advantage Weighted Matching: minus a weighted flow-matching loss."""
 
     name: Literal["flow_matching"] = "flow_matching"
-    weighting: Weighting = Field("ghuber", description="w(l, t) of logp = -w(l, t).")
-    ghuber_power: float = Field(0.25, gt=0.0, le=1.0, description="p of ghuber.")
-    num_times: int = Field(6, ge=1, description="Noise levels for each sample and update.")
-    time_sampler: TimeSampler = Field("discrete_wo_init", description="How they are drawn.")
-    timestep_fraction: float = Field(
-        0.9, gt=0.0, le=1.0, description="Discrete samplers: leading part of the grid in use."
+    weighting: Weighting = Field(
+        default="ghuber",
+        description="w(l, t) of logp = -w(l, t).",
     )
-    shift: float = Field(3.0, gt=0, description="Continuous samplers: time shift.")
+    ghuber_power: float = Field(
+        default=0.25,
+        gt=0.0,
+        le=1.0,
+        description="p of ghuber.",
+    )
+    num_times: int = Field(
+        default=6,
+        ge=1,
+        description="Noise levels for each sample and update.",
+    )
+    time_sampler: TimeSampler = Field(
+        default="discrete_wo_init",
+        description="How they are drawn.",
+    )
+    timestep_fraction: float = Field(
+        default=0.9,
+        gt=0.0,
+        le=1.0,
+        description="Discrete samplers: leading part of the grid in use.",
+    )
+    shift: float = Field(
+        default=3.0,
+        gt=0,
+        description="Continuous samplers: time shift.",
+    )
     times_shared_by: Literal["step", "group"] = Field(
-        "step", description="Draw noise levels once for a whole step, or for each group."
+        default="step",
+        description="Draw noise levels once for a whole step, or for each group.",
     )
     behaviour: Literal["current", "ema"] = Field(
-        "current", description="Who draws the samples: the policy, or its slow copy phi."
+        default="current",
+        description="Who draws the samples: the policy, or its slow copy phi.",
     )
     ema: EmaConfig = EmaConfig()
     evaluation_ema_decay: float | None = Field(
-        0.99, ge=0.0, lt=1.0, description="Average used for evaluation and export; null: none."
+        default=0.99,
+        ge=0.0,
+        lt=1.0,
+        description="Average used for evaluation and export; null: none.",
     )
 
 
@@ -150,6 +256,16 @@ class Config(StrictModel):
             self.likelihood.num_times,
         )
         return self
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Terms that the likelihood computes (see ``mmrl.types.PolicyTerms``)."""
+        return frozenset({"logp", "velocity_gap_reference", "velocity_gap_ema", "sigma"})
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
+        """What accelerate calls the dtype of the model."""
+        return "no" if self.model.dtype == "fp32" else self.model.dtype
 
     def sampling(self, *, evaluation: bool) -> RolloutConfig:
         """The rollout settings, with the evaluation's own where it has some."""

@@ -8,6 +8,7 @@ Times: t in [0, 1], 1 is noise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -93,7 +94,7 @@ def trained_indices(
             f"{fraction}; allowed: at most {max(0, stop - start) + num_times - drawn}"
         )
     edges = [start + (stop - start) * i // drawn for i in range(drawn + 1)] if drawn else []
-    strata = [range(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    strata = [range(low, high) for low, high in pairwise(edges)]
     return [range(0, 1), *strata] if drawn < num_times else strata
 
 

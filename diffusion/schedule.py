@@ -86,13 +86,15 @@ def step(
 
 
 def _euler(noise_level: float) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     return FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=1.0)
 
 
 def _dpmpp_2m(noise_level: float) -> Any:
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
         NUM_TRAIN_TIMESTEPS,
@@ -105,7 +107,7 @@ def _dpmpp_2m(noise_level: float) -> Any:
 
 
 def _sa_solver(noise_level: float) -> Any:
-    from diffusers import SASolverScheduler
+    from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
     low, high = (NUM_TRAIN_TIMESTEPS * level for level in NOISY_RANGE)
     return SASolverScheduler(

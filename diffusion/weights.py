@@ -66,26 +66,6 @@ def evaluation_decay(step: int, decay: float) -> float:
     return min((1 + step) / (10 + step), decay)
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it every adapter layer of ``model`` computes its frozen base layer only.
-
-    peft's own switch also clears ``requires_grad`` of the adapter and does not bring it back to
-    what it was, so the layers' flag is set directly.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-
-
 def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` on the CPU, with sharded tensors gathered (then every process must call it)."""
     return {

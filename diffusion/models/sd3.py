@@ -30,7 +30,9 @@ class SD3:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Load everything in ``dtype``; ``UserError`` if diffusers cannot read the folder."""
-        from diffusers import StableDiffusion3Pipeline
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+            StableDiffusion3Pipeline,
+        )
 
         # diffusers wants to be told again about parts that the index itself says are absent.
         index = read_json(folder, "model_index.json")
@@ -105,12 +107,14 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> SD3:
     return SD3(folder, dtype, device)
 
 
-def save_lora(folder: Path, state: dict[str, Tensor], lora: dict[str, Any]) -> None:
+def save_lora(folder: Path, state: dict[str, Any], lora: dict[str, Any]) -> None:
     """Write ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``.
 
     ``lora``: the peft configuration; without it in the file the reader would take alpha = rank.
     """
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+        StableDiffusion3Pipeline,
+    )
 
     StableDiffusion3Pipeline.save_lora_weights(
         str(folder), transformer_lora_layers=state, transformer_lora_adapter_metadata=lora
@@ -119,7 +123,7 @@ def save_lora(folder: Path, state: dict[str, Tensor], lora: dict[str, Any]) -> N
 
 def meta_transformer(folder: Path) -> Any:
     """The transformer without weights (meta device), from its configuration alone."""
-    from diffusers import SD3Transformer2DModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     with torch.device("meta"):
         return SD3Transformer2DModel.from_config(read_json(folder, "transformer", "config.json"))

@@ -1,0 +1,88 @@
+"""What a configuration would build and hold in memory, from configuration files alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusion.config import DTYPES, Config
+from diffusion.lora import add_lora
+from diffusion.models.base import locate
+from diffusion.weights import trainable
+from mmrl.resolve import resolve
+
+CLIP_TOKENS = 77
+HIDDEN_TENSORS = 34
+"""Hidden-sized tensors that one block keeps for its backward pass, counted generously: 17 by
+Korthikanti et al. 2022, arXiv:2205.05198, doubled for adaptive norms and adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """``total`` parameters without adapters, ``trained`` ones, ``latents`` [C, h, w], and the
+    ``network`` on the meta device.
+    """
+
+    total: int
+    trained: int
+    latents: tuple[int, int, int]
+    network: Any
+
+
+def outline(config: Config) -> Outline:
+    """Sizes of the model; ``UserError`` for a missing model or an image size that does not fit."""
+    folder = locate(config.model.path, weights=False)
+    family = resolve("models", config.model.family)
+    network = family.meta_transformer(folder)
+    total = sum(parameter.numel() for parameter in network.parameters())
+    scale = family.vae_scale_factor(folder)
+    rollout = config.rollout
+    latents = family.latent_shape(network.config, scale, rollout.height, rollout.width)
+    if config.model.lora is not None:
+        with torch.device("meta"):
+            add_lora(network, config.model.lora, family.LORA_TARGETS)
+    trained = sum(parameter.numel() for parameter in trainable(network).values())
+    return Outline(total=total, trained=trained, latents=latents, network=network)
+
+
+def describe(config: Config) -> list[str]:
+    """Lines for ``mmrl check``."""
+    model, lora, rollout = config.model, config.model.lora, config.rollout
+    sizes = outline(config)
+    how = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora else "all parameters"
+    likelihood = config.likelihood
+    return [
+        f"model: {model.family} at {model.path}, {sizes.total:,} parameters, {model.dtype}",
+        f"trained: {sizes.trained:,} parameters ({how})",
+        "latents: {} x {} x {}".format(*sizes.latents),
+        f"rollout: {rollout.scheduler}, {rollout.num_steps} steps, guidance {rollout.guidance:g}",
+        f"likelihood: {likelihood.weighting}, {likelihood.num_times} noise levels a sample",
+    ]
+
+
+def estimate_memory(config: Config) -> dict[str, float]:
+    """Bytes of ``weights`` (the transformer), ``gradients_and_optimizer`` (AdamW), and roughly
+    ``activations_per_sample``: of one sample of a micro-batch with all its noise levels.
+    """
+    sizes = outline(config)
+    width = torch.empty((), dtype=DTYPES[config.model.dtype]).element_size()
+    frozen = sizes.total * width if config.model.lora is not None else 0
+    return {
+        "weights": float(frozen + sizes.trained * 4),
+        "gradients_and_optimizer": float(sizes.trained * 4 * 3),
+        "activations_per_sample": _activations(config, sizes, width),
+    }
+
+
+def _activations(config: Config, sizes: Outline, width: int) -> float:
+    network = sizes.network
+    _, height, columns = sizes.latents
+    image_tokens = height * columns // network.config.patch_size**2
+    tokens = image_tokens + CLIP_TOKENS + config.model.max_sequence_length
+    layers = network.config.num_layers
+    # Recomputation keeps one tensor for each block, and one whole block at a time.
+    recomputed = config.model.gradient_checkpointing
+    held = layers + HIDDEN_TENSORS if recomputed else HIDDEN_TENSORS * layers
+    return float(config.likelihood.num_times * tokens * network.inner_dim * held * width)
