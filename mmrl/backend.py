@@ -9,12 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mmrl.types import PolicyTerms, RolloutGroup, RolloutRequest, UpdateBatch
+
+
+class BackendConfig(Protocol):
+    """What the core asks of a backend's ``Config``; it answers without loading a model."""
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Terms of ``PolicyTerms`` that the configured likelihood computes."""
+        ...
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
+        """Precision of the model, in accelerate's words."""
+        ...
 
 
 class Backend(Protocol):
@@ -24,7 +38,6 @@ class Backend(Protocol):
     ``off_policy``: samples come from another policy than the one being updated.
     """
 
-    provides: ClassVar[frozenset[str]]
     model: torch.nn.Module
     off_policy: bool
 
@@ -63,5 +76,8 @@ class Backend(Protocol):
         ...
 
     def export(self, folder: Path, card: str) -> None:
-        """Write weights that the upstream library loads unchanged, with a model card."""
+        """Write weights that the upstream library loads unchanged, with a model card.
+
+        Sharded parameters are gathered, so every process calls this, each with its own folder.
+        """
         ...

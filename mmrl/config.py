@@ -133,9 +133,9 @@ class RunConfig(StrictModel):
     prompts: PromptsConfig
     rewards: list[RewardField] = Field(min_length=1)
     advantage: PartField
-    modulators: list[PartField] = []
+    modulators: list[PartField] = Field(default=[])
     objective: PartField
-    regularisers: list[PartField] = []
+    regularisers: list[PartField] = Field(default=[])
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -171,7 +171,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``data`` with every ``a.b=value`` set; list items go by number (``rewards.0.x``)."""
+    """A copy of ``data`` with every ``a.b=value`` set; list items go by number: ``rewards.0.x``."""
     data = yaml.safe_load(yaml.safe_dump(data))
     for override in overrides:
         path, separator, text = override.partition("=")
@@ -222,12 +222,11 @@ def parse(data: Mapping[str, Any]) -> RunConfig:
             items = _as_list(data[kind], kind)
             data[kind] = [parse_part(kind, x, f"{kind}[{i}]") for i, x in enumerate(items)]
     if "rewards" in data:
-        data["rewards"] = parse_specs(_as_list(data["rewards"], "rewards"), "rewards")
+        data["rewards"] = parse_specs(_as_list(data["rewards"], "rewards"))
     data["prompts"] = _with_sampler(data.get("prompts"))
     evaluation = data.get("evaluation")
     if isinstance(evaluation, dict) and "rewards" in evaluation:
-        specs = _as_list(evaluation["rewards"], "evaluation.rewards")
-        data["evaluation"] = evaluation | {"rewards": parse_specs(specs, "evaluation.rewards")}
+        data["evaluation"] = evaluation | {"rewards": _evaluation_rewards(evaluation["rewards"])}
     return validate(RunConfig, {k: v for k, v in data.items() if v is not None})
 
 
@@ -260,6 +259,13 @@ def _split_name(data: Any, path: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         raise UserError(f"{path}: expected a mapping with a `name`, got {data!r}")
     return data["name"], {k: v for k, v in data.items() if k != "name"}
+
+
+def _evaluation_rewards(data: Any) -> list[RewardSpec]:
+    try:
+        return parse_specs(_as_list(data, "rewards"))
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
 
 
 def _as_list(data: Any, path: str) -> list[Any]:

@@ -28,7 +28,7 @@ def take(
     """
     if count > len(prompts):
         raise UserError(
-            f"training.prompts_per_step: {count} exceeds the {len(prompts)} prompts of prompts.source"
+            f"training.prompts_per_step: {count} is more than the {len(prompts)} prompts in the file"
         )
     epoch, position = divmod(step, len(prompts) // count)
     order = _permutation(len(prompts), seed, epoch)

@@ -1,0 +1,82 @@
+"""Sharing work among processes: any number of processes serves any number of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mmrl.types import UserError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Share:
+    """One piece of work of a process: the ``index`` of the item; ``padding`` if done for nothing.
+
+    Sharded models make every forward a collective call, so all processes do equally many.
+    """
+
+    index: int
+    padding: bool = False
+
+
+def owner(index: int, world: int) -> int:
+    """The process that owns item ``index``."""
+    return index % world
+
+
+def deal(count: int, rank: int, world: int) -> list[Share]:
+    """Items of ``rank``, as even as possible, padded to the longest share with repeats."""
+    if count < 1:
+        return []
+    longest = -(-count // world)
+    mine = [Share(i) for i in range(rank, count, world)]
+    filler = mine[0].index if mine else rank % count
+    return mine + [Share(filler, padding=True)] * (longest - len(mine))
+
+
+def gather_items(accelerator: Accelerator, items: Sequence[Item]) -> list[Item]:
+    """The items of all processes, in rank order, on every process."""
+    if accelerator.num_processes == 1:
+        return list(items)
+    return gather_object(list(items))
+
+
+def agree_or_raise(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raise on every process if any process failed, so that none waits for the others."""
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    messages = [m for m in gather_items(accelerator, [str(error) if error else ""]) if m]
+    if messages:
+        raise error if error is not None else UserError(messages[0])
+
+
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Element-wise sums of a list of numbers over all processes, exact in float64."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    # Summed in rank order on every process: the result does not depend on the collective's order.
+    rows = gather_items(accelerator, [list(values)])
+    return torch.tensor(rows, dtype=torch.float64).sum(0).tolist()
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return any(gather_items(accelerator, [flag]))
+
+
+def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
+    """An ``Accelerator`` that also forms a group of CPU processes.
+
+    Without ``cpu=True`` accelerate leaves several CPU processes unaware of each other.
+    """
+    cpu = not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)

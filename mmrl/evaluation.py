@@ -1,0 +1,59 @@
+"""Held-out prompts with fixed noise: the same samples are asked for at each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from mmrl.backend import Backend
+from mmrl.config import RunConfig
+from mmrl.distributed import deal, gather_items
+from mmrl.trainer import assemble, collect_scores, make_requests
+from mmrl.types import Prompt, RolloutGroup
+from rewards.combine import Scorer
+
+# No training step has this number, so evaluation noise never coincides with training noise.
+EVALUATION_STREAM = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """``metrics``: `eval/<label>` means; ``shown``: the groups of the sample grid, on all ranks."""
+
+    metrics: dict[str, float]
+    shown: list[RolloutGroup]
+
+
+def evaluate_held_out(
+    config: RunConfig,
+    accelerator: Accelerator,
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+) -> Evaluation:
+    """Draw ``samples_per_prompt`` samples of each prompt with averaged weights and judge them."""
+    section = config.evaluation
+    requests = make_requests(prompts, section.samples_per_prompt, section.seed, EVALUATION_STREAM)
+    shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
+    shown = []
+    with backend.averaged():
+        rolled = backend.rollout([requests[s.index] for s in shares], evaluation=True)
+        for share, group in zip(shares, rolled, strict=True):
+            if share.padding:
+                continue
+            scorer.submit(group)
+            if share.index < section.grid_prompts:
+                shown.append(group)
+    scores = assemble(collect_scores(accelerator, scorer))
+    everything = gather_items(accelerator, shown)
+    return Evaluation(
+        metrics={f"eval/{name}": _finite_mean(raw) for name, raw in scores.by_name.items()},
+        shown=sorted(everything, key=lambda group: group.request.index),
+    )
+
+
+def _finite_mean(values: torch.Tensor) -> float:
+    return float(values[torch.isfinite(values)].mean())

@@ -1,0 +1,422 @@
+"""Putting a run together: train it, evaluate it, draw from it.
+
+Everything above the loop of ``trainer``: the run folder, checkpoints and resuming, evaluation,
+progress, signals and the final export.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from mmrl import checkpoint, preflight
+from mmrl.backend import Backend
+from mmrl.config import RunConfig, parse, read_yaml
+from mmrl.distributed import any_process, make_accelerator
+from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
+from mmrl.metrics import MetricsFile
+from mmrl.progress import Display, make_display
+from mmrl.prompts.dataset import content_id
+from mmrl.resolve import backend_module
+from mmrl.run_folder import flatten
+from mmrl.trainer import Trainer, make_requests, needs_of
+from mmrl.types import Prompt, UserError
+from rewards.combine import Scorer
+
+PACKAGES = (
+    "mmrl", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime"
+)  # fmt: skip
+# May differ between a run and its continuation: they change how long and where, not what.
+RESUMABLE = ("output_dir", "training.num_steps", "training.micro_batch_size", "checkpoint.",
+             "tracking.", "evaluation.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Session:
+    """The live objects of a run on this process."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    backend: Backend
+    training_prompts: Sequence[Prompt]
+    evaluation_prompts: Sequence[Prompt]
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.accelerator.is_main_process
+
+
+def open_session(config: RunConfig, extra: Sequence[Prompt] = (), **options: Any) -> Session:
+    """Check the configuration, then load the model; cheap refusals come before slow loading."""
+    preflight.refuse_unless_consistent(config)
+    training, evaluation = preflight.load_prompt_sets(config)
+    section = config.backend.config
+    accelerator = make_accelerator(section.mixed_precision, **options)  # type: ignore[attr-defined]
+    set_seed(config.seed)
+    backend = backend_module(config.backend.name, "backend").build(
+        section,
+        device=accelerator.device,
+        prompts=[*training, *evaluation, *extra],
+        seed=config.seed,
+        needs=needs_of(config),
+    )
+    return Session(
+        config=config,
+        accelerator=accelerator,
+        backend=backend,
+        training_prompts=training,
+        evaluation_prompts=evaluation,
+    )
+
+
+def train(config: RunConfig, *, resume: bool = False) -> Path:
+    """Train to the end, or to an interruption that is saved; returns the run folder."""
+    run = config.run_dir
+    preflight.refuse_foreign_folder(run, resume)
+    start = _resume_point(config) if resume else None
+    trackers = config.tracking.trackers
+    options = {"log_with": list(trackers), "project_dir": str(run)} if trackers else {}
+    session = open_session(config, **options)
+    trainer = _make_trainer(session)
+    untouched = _fingerprint(session.backend)
+    if start is not None:
+        trainer.progress, auxiliary = checkpoint.load(
+            start, session.accelerator, _trained(session, trainer)
+        )
+        session.backend.load_auxiliary_state(auxiliary)
+    steps = trainer.progress.step
+    metrics = _open_folder(session, steps if resume else None)
+    with make_display(config, session.main) as display, _interruptible() as interrupted:
+        display.note(f"resuming after step {steps}" if start else f"run folder: {run}")
+        loop = Loop(session, trainer, metrics, display, interrupted)
+        finished = loop.run()
+        if finished:
+            _finish(session, untouched)
+        trainer.scorer.close()
+    session.accelerator.end_training()
+    if not finished:
+        raise KeyboardInterrupt(f"saved step {trainer.progress.step}; continue with --resume")
+    if session.main:
+        _close_folder(run)
+    return run
+
+
+@dataclass
+class Loop:
+    """Steps, evaluations and checkpoints when they are due."""
+
+    session: Session
+    trainer: Trainer
+    metrics: MetricsFile | None
+    display: Display
+    interrupted: list[int]
+
+    def run(self) -> bool:
+        """Go to the last step; ``False`` if a signal stopped it, after saving."""
+        config = self.session.config
+        judge = Scorer(config.evaluation.rewards or config.rewards)
+        total = config.training.num_steps
+        if self.trainer.progress.step == 0:
+            self._evaluate(judge)
+        while (done := self.trainer.progress.step) < total:
+            if any_process(self.session.accelerator, bool(self.interrupted)):
+                self._save()
+                return False
+            values = self.trainer.step()
+            done += 1
+            self._log(done, values)
+            self.display.step(done, values)
+            last = done == total
+            if last or done % config.evaluation.every == 0:
+                self._evaluate(judge)
+            if last or done % config.checkpoint.every == 0:
+                self._save()
+        judge.close()
+        return True
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, values)
+        if self.session.config.tracking.trackers:
+            self.session.accelerator.log(values, step=step)
+
+    def _evaluate(self, judge: Scorer) -> None:
+        session = self.session
+        if not session.evaluation_prompts:
+            return
+        self.display.note("evaluating", transient=True)
+        result = evaluate_held_out(
+            session.config, session.accelerator, session.backend, session.evaluation_prompts, judge
+        )
+        step = self.trainer.progress.step
+        self._log(step, result.metrics)
+        self.display.evaluation(step, result.metrics)
+        if session.main:
+            save_grid(result, session.config.run_dir / "samples" / f"step-{step:06d}.png", step)
+
+    def _save(self) -> None:
+        progress = self.trainer.progress
+        checkpoint.save(
+            self.session.config.run_dir,
+            self.session.accelerator,
+            _trained(self.session, self.trainer),
+            progress,
+            self.session.config.checkpoint.keep_last,
+        )
+
+
+def evaluate(config: RunConfig, *, run: Path | None = None) -> dict[str, float]:
+    """Evaluation metrics of a run's last checkpoint, or of the untrained model of ``config``."""
+    if config.evaluation.source is None:
+        raise UserError("evaluation.source: required to evaluate, but not set")
+    session = open_session(config)
+    _load_last(session, run)
+    judge = Scorer(config.evaluation.rewards or config.rewards)
+    result = evaluate_held_out(
+        config, session.accelerator, session.backend, session.evaluation_prompts, judge
+    )
+    judge.close()
+    return result.metrics
+
+
+def sample(run: Path, prompts: Sequence[str], *, count: int, seed: int) -> list[list[Any]]:
+    """``count`` outputs for each prompt from the averaged weights of a run's last checkpoint."""
+    config = load_run_config(run)
+    wanted = [Prompt(id=content_id(text, {}), text=text) for text in prompts]
+    session = open_session(config, wanted)
+    _load_last(session, run)
+    requests = make_requests(wanted, count, seed, EVALUATION_STREAM)
+    with session.backend.averaged():
+        groups = list(session.backend.rollout(requests, evaluation=True))
+    return [list(group.outputs) for group in groups]
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """The configuration that a run folder was made with."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml")
+    return parse(read_yaml(path))
+
+
+def save_grid(result: Evaluation, path: Path, step: int) -> None:
+    """A labelled picture of the shown samples; nothing where samples are not pictures."""
+    from PIL import Image
+
+    from mmrl.images import labelled_grid
+
+    rows = [[x for x in g.outputs if isinstance(x, Image.Image)] for g in result.shown]
+    if not any(rows):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = [group.request.prompt.text for group in result.shown]
+    labelled_grid(rows, labels, title=f"step {step}").save(path)
+
+
+def environment(processes: int) -> dict[str, Any]:
+    """Where a run happens: versions, commit, command, device."""
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {os.cpu_count()} cores",
+        "processes": processes,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _make_trainer(session: Session) -> Trainer:
+    config, accelerator = session.config, session.accelerator
+    section = config.optimizer
+    parameters = [p for p in session.backend.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=section.learning_rate,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+    )
+    # `prepare` wraps the model for any launcher configuration; the backend uses the wrapped one.
+    session.backend.model, prepared = accelerator.prepare(session.backend.model, optimizer)
+    training = config.training
+    updates = training.num_steps * training.num_epochs * training.updates_per_epoch
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        prepared.optimizer,
+        lambda n: _lr_factor(section.schedule, section.warmup_updates, updates, n),
+    )
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        backend=session.backend,
+        optimizer=prepared,
+        scheduler=scheduler,
+        prompts=session.training_prompts,
+        scorer=Scorer(config.rewards),
+    )
+
+
+def _lr_factor(schedule: str, warmup: int, total: int, n: int) -> float:
+    """Share of the peak learning rate at update ``n``."""
+    if n < warmup:
+        return (n + 1) / warmup
+    progress = min(1.0, (n - warmup) / max(1, total - warmup))
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (
+            1.0 + float(torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64)))
+        )
+    return 1.0
+
+
+def _trained(session: Session, trainer: Trainer) -> checkpoint.Trained:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return checkpoint.Trained(
+        model=session.backend.model,
+        optimizer=optimizer,
+        scheduler=trainer.scheduler,
+        auxiliary=session.backend.auxiliary_state(),
+    )
+
+
+def _load_last(session: Session, run: Path | None) -> None:
+    if run is None:
+        return
+    found = checkpoint.found(run)
+    if not found:
+        raise UserError(f"{run} holds no checkpoint yet")
+    trainer = _make_trainer(session)
+    _, auxiliary = checkpoint.load(found[-1], session.accelerator, _trained(session, trainer))
+    session.backend.load_auxiliary_state(auxiliary)
+    trainer.scorer.close()
+
+
+def _resume_point(config: RunConfig) -> Path | None:
+    """The newest checkpoint; ``UserError`` if the folder belongs to a different configuration."""
+    run = config.run_dir
+    if not (run / "config.yaml").is_file():
+        return None
+    before, now = flatten(read_yaml(run / "config.yaml")), flatten(config.dump())
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(RESUMABLE)
+    ]
+    if changed:
+        lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+        raise UserError(
+            f"output_dir: {run} was made with another configuration, so it cannot be resumed:\n"
+            + "\n".join(lines)
+        )
+    found = checkpoint.found(run)
+    return found[-1] if found else None
+
+
+def _open_folder(session: Session, keep_until: int | None) -> MetricsFile | None:
+    config, run = session.config, session.config.run_dir
+    metrics = None
+    if session.main:
+        run.mkdir(parents=True, exist_ok=True)
+        # A kill in the middle of a save leaves its unfinished folder behind.
+        for leftover in run.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(leftover)
+        dumped = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
+        (run / "config.yaml").write_text(dumped, encoding="utf-8")
+        about = environment(session.accelerator.num_processes)
+        (run / "environment.json").write_text(json.dumps(about, indent=1))
+        metrics = MetricsFile(run / "metrics.jsonl", keep_until)
+    session.accelerator.wait_for_everyone()
+    if config.tracking.trackers:
+        session.accelerator.init_trackers("tensorboard")
+    return metrics
+
+
+def _finish(session: Session, untouched: str) -> None:
+    """Export the averaged weights; an adapter that never moved is an error, not a result."""
+    if _fingerprint(session.backend) == untouched:
+        raise UserError(
+            "the trained parameters are identical to the initial ones: nothing was learned "
+            "(were all samples invalid, or all advantages zero?)"
+        )
+    from mmrl.card import model_card
+
+    run = session.config.run_dir
+    with session.backend.averaged(), tempfile.TemporaryDirectory() as scratch:
+        folder = run / "final" if session.main else Path(scratch)
+        session.backend.export(folder, model_card(run) if session.main else "")
+    session.accelerator.wait_for_everyone()
+
+
+def _close_folder(run: Path) -> None:
+    from mmrl.report import write_report
+
+    write_report(run)
+
+
+def _fingerprint(backend: Backend) -> str:
+    """A checksum of the trained parameters of this process."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for p in backend.model.parameters():
+        if p.requires_grad:
+            x = p.detach().double().cpu()
+            total += torch.stack([x.sum(), (x * torch.arange(x.numel()).view_as(x)).sum()])
+    return repr(total.tolist())
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM; the loop saves after the current step. A second one kills."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

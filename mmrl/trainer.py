@@ -1,0 +1,430 @@
+"""The loop that every backend shares: roll out, score, estimate, update.
+
+Nothing here knows what a sample is.  Every mean has a global denominator that is known before the
+first backward, so results depend neither on the micro-batch size nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mmrl import reduction
+from mmrl.backend import Backend
+from mmrl.checkpoint import Progress
+from mmrl.config import RunConfig
+from mmrl.distributed import (
+    agree_or_raise,
+    any_process,
+    deal,
+    gather_items,
+    owner,
+    sum_over_processes,
+)
+from mmrl.metrics import Means
+from mmrl.preflight import refuse_gap
+from mmrl.types import (
+    Advantages,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    Scores,
+    UpdateBatch,
+    UserError,
+)
+from rewards.combine import GroupScores, Scorer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A trained sample of this process: where it is, and its place among all samples of the step.
+
+    ``weight`` 0 marks work done only to keep the processes in step.
+    """
+
+    group: RolloutGroup
+    index: int
+    position: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimizer step consumes on this process: equally many micro-batches on each."""
+
+    micro_batches: list[list[Sample]]
+
+
+@dataclass
+class Trainer:
+    """One run in progress. ``progress`` alone changes; everything else is fixed at start."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    backend: Backend
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    prompts: Sequence[Prompt]
+    scorer: Scorer
+    progress: Progress = field(default_factory=Progress)
+    checked: bool = False
+
+    def step(self) -> dict[str, float]:
+        """One rollout and its updates; returns what to log."""
+        started = time.perf_counter()
+        requests = self._requests()
+        groups, rollout_time = _timed(lambda: roll_out(self, requests))
+        collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
+        scores = assemble(collected)
+        advantages = self._advantages(scores)
+        means = Means()
+        _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
+        step = self.progress.step
+        self.backend.after_update(step)
+        self.progress = replace(self.progress, step=step + 1)
+        return {
+            **summary(scores, collected),
+            **advantages.metrics,
+            **self._reduced(means),
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "bad_updates": float(self.progress.bad_updates),
+            "time/rollout": rollout_time,
+            "time/reward": reward_time,
+            "time/update": update_time,
+            "step_time": time.perf_counter() - started,
+        }
+
+    def _requests(self) -> list[RolloutRequest]:
+        training, sampler = self.config.training, self.config.prompts.sampler
+        step, seed = self.progress.step, self.config.seed
+        chosen, state = sampler.module.take(
+            self.prompts,
+            training.prompts_per_step,
+            step,
+            seed,
+            sampler.config,
+            self.progress.sampler,
+        )
+        self.progress = replace(self.progress, sampler=state)
+        return make_requests(chosen, training.group_size, seed, step)
+
+    def _advantages(self, scores: Scores) -> Advantages:
+        part = self.config.advantage
+        result, state = part.module.estimate(scores, part.config, self.progress.advantage)
+        self.progress = replace(self.progress, advantage=state)
+        for modulator in self.config.modulators:
+            result = modulator.module.modulate(result, scores, modulator.config)
+        return result
+
+    def _update(
+        self, groups: list[RolloutGroup], scores: Scores, advantages: Advantages, means: Means
+    ) -> None:
+        if not bool(advantages.keep.any()):
+            means.add({"skipped_steps": (1.0, 1.0)})
+            return
+        training = self.config.training
+        needs_anchor = training.num_epochs * training.updates_per_epoch > 1
+        anchors: dict[int, torch.Tensor] = {}  # by position; empty: the ratio is 1
+        for epoch in range(training.num_epochs):
+            windows = self._plan(groups, scores, advantages, epoch)
+            if not self.checked:
+                self._check_replay(windows[0])
+            if epoch == 0 and (needs_anchor or self.backend.off_policy):
+                anchors = self._anchor(windows)
+            for window in windows:
+                self._update_window(window, advantages, anchors, means)
+
+    def _plan(
+        self, groups: list[RolloutGroup], scores: Scores, advantages: Advantages, epoch: int
+    ) -> list[Window]:
+        training, world = self.config.training, self.accelerator.num_processes
+        order = torch.arange(len(scores.combined))
+        if training.updates_per_epoch > 1:
+            seed = hash((self.config.seed, self.progress.step, epoch)) % (1 << 63)
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+        return plan_windows(
+            groups,
+            scores.group,
+            [i for i in order.tolist() if bool(advantages.keep[i])],
+            num_windows=training.updates_per_epoch,
+            micro_batch_size=training.micro_batch_size,
+            rank=self.accelerator.process_index,
+            world=world,
+        )
+
+    def _check_replay(self, window: Window) -> None:
+        """Refuse to train if the same samples score differently when they are asked again."""
+        batch = self._collate(window.micro_batches[0])
+        with self.backend.behaviour():
+            with torch.no_grad():
+                known = self.backend.evaluate(batch, frozenset({"logp"})).logp
+            replayed = self.backend.evaluate(batch, frozenset({"logp"})).logp.detach()
+        if batch.logp_old is not None:
+            known = batch.logp_old.to(known)
+        error: Exception | None = None
+        try:
+            refuse_gap((replayed - known)[batch.mask], self.accelerator.mixed_precision)
+        except UserError as refusal:
+            error = refusal
+        agree_or_raise(self.accelerator, error)
+        self.checked = True
+
+    def _anchor(self, windows: list[Window]) -> dict[int, torch.Tensor]:
+        """``logp_old`` [K] of each sample, by position, under the policy that sampled."""
+        anchors: dict[int, torch.Tensor] = {}
+        with torch.no_grad(), self.backend.behaviour():
+            for rows in (rows for window in windows for rows in window.micro_batches):
+                logp = self.backend.evaluate(self._collate(rows), frozenset({"logp"})).logp
+                anchors |= {s.position: x for s, x in zip(rows, logp, strict=True)}
+        return anchors
+
+    def _collate(
+        self,
+        rows: list[Sample],
+        advantages: Advantages | None = None,
+        anchors: dict[int, torch.Tensor] | None = None,
+    ) -> UpdateBatch:
+        payload, mask = self.backend.collate([(s.group, s.index) for s in rows])
+        device = self.accelerator.device
+        values = torch.zeros(len(rows), dtype=torch.float64)
+        if advantages is not None:
+            values = advantages.values[[s.position for s in rows]]
+        return UpdateBatch(
+            payload=payload,
+            mask=mask.to(device),
+            advantages=values.to(device),
+            weights=torch.tensor([s.weight for s in rows], dtype=torch.float64, device=device),
+            logp_old=_known_logp(rows, anchors or {}, device),
+        )
+
+    def _update_window(
+        self,
+        window: Window,
+        advantages: Advantages,
+        anchors: dict[int, torch.Tensor],
+        means: Means,
+    ) -> None:
+        denominator = self._denominator(window)
+        last = len(window.micro_batches) - 1
+        for i, rows in enumerate(window.micro_batches):
+            batch = self._collate(rows, advantages, anchors)
+            with self._synchronising(i == last):
+                loss = self._loss(batch, denominator, means)
+                # DDP averages over processes; the denominator already counts them all.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+        self._optimizer_step(means)
+
+    def _denominator(self, window: Window) -> float:
+        training, local = self.config.training, 0.0
+        for rows in window.micro_batches:
+            mask = torch.stack([s.group.mask[s.index] for s in rows])
+            weights = torch.tensor([s.weight for s in rows], dtype=torch.float64)
+            local += reduction.denominator(mask, weights, training.aggregation)
+        return reduction.step_denominator(sum_over_processes(self.accelerator, [local])[0])
+
+    @contextlib.contextmanager
+    def _synchronising(self, last: bool) -> Iterator[None]:
+        """Gradients travel between processes only with the last micro-batch of a window."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        model = self.backend.model
+        context = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+        with context:
+            yield
+
+    def _loss(self, batch: UpdateBatch, denominator: float, means: Means) -> torch.Tensor:
+        training, objective = self.config.training, self.config.objective
+        terms = self.backend.evaluate(batch, needs_of(self.config))
+        coefficients = reduction.decision_weights(
+            batch.mask, batch.weights, training.aggregation, training.horizon
+        )
+
+        def reduce(loss: torch.Tensor) -> torch.Tensor:
+            return reduction.weighted_sum(loss, coefficients) / denominator
+
+        policy = objective.module.loss(terms, batch, objective.config)
+        total = reduce(policy.loss)
+        means.add(terms.metrics)
+        means.add(policy.metrics)
+        for part in self.config.regularisers:
+            coef: float = part.config.coef  # type: ignore[attr-defined]
+            if coef:
+                penalty = part.module.loss(terms, batch, part.config)
+                means.add(penalty.metrics)
+                total = total + coef * reduce(penalty.loss)
+        # A sum of shares of one global mean: `loss` is that mean, whatever the micro-batches.
+        means.add({"loss": (float(total.detach()), 0.0)})
+        return total
+
+    def _optimizer_step(self, means: Means) -> None:
+        parameters = [p for p in self.backend.model.parameters() if p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
+        # `loss` counts once for each optimizer step, on the main process alone.
+        main = float(self.accelerator.is_main_process)
+        means.add({"loss": (0.0, main)})
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+        progress = self.progress
+        if any_process(self.accelerator, not finite):
+            self.progress = replace(
+                progress,
+                bad_updates=progress.bad_updates + 1,
+                bad_in_a_row=progress.bad_in_a_row + 1,
+            )
+            self.optimizer.zero_grad()
+            self._refuse_divergence()
+            return
+        if norm is not None:
+            means.add({"grad_norm": (float(norm) * main, main)})
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.progress = replace(progress, updates=progress.updates + 1, bad_in_a_row=0)
+
+    def _refuse_divergence(self) -> None:
+        limit, streak = self.config.training.max_bad_updates, self.progress.bad_in_a_row
+        if streak >= limit:
+            raise UserError(
+                f"gradients were not finite in {streak} updates in a row "
+                f"(training.max_bad_updates: {limit}); lower optimizer.learning_rate or use "
+                "a wider dtype, then continue with --resume"
+            )
+
+    def _reduced(self, means: Means) -> dict[str, float]:
+        """Means over all processes."""
+        merged = Means()
+        for pairs in gather_items(self.accelerator, [means.pairs]):
+            merged.add(pairs)
+        return merged.result()
+
+
+def needs_of(config: RunConfig) -> frozenset[str]:
+    """Terms that the objective and the regularisers of a run ask of the backend."""
+    parts = [config.objective, *config.regularisers]
+    return frozenset({"logp"}.union(*(part.module.needs(part.config) for part in parts)))
+
+
+def make_requests(
+    prompts: Sequence[Prompt], group_size: int, seed: int, stream: int
+) -> list[RolloutRequest]:
+    """One request for each prompt, numbered in order."""
+    return [
+        RolloutRequest(prompt=p, group_size=group_size, seed=seed, stream=stream, index=i)
+        for i, p in enumerate(prompts)
+    ]
+
+
+def roll_out(trainer: Trainer, requests: list[RolloutRequest]) -> list[RolloutGroup]:
+    """This process's share of the groups; rewards start as soon as a group is ready."""
+    accelerator = trainer.accelerator
+    shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
+    groups = []
+    with trainer.backend.behaviour():
+        rolled = trainer.backend.rollout([requests[s.index] for s in shares])
+        for share, group in zip(shares, rolled, strict=True):
+            groups.append(group)
+            if not share.padding:
+                trainer.scorer.submit(group)
+    return groups
+
+
+def collect_scores(accelerator: Accelerator, scorer: Scorer) -> list[GroupScores]:
+    """Scores of all groups over all processes, in the order of their index."""
+    local: list[GroupScores] = []
+    error: Exception | None = None
+    try:
+        local = scorer.collect()
+    except UserError as refusal:
+        error = refusal
+    agree_or_raise(accelerator, error)
+    return sorted(gather_items(accelerator, local), key=lambda scores: scores.index)
+
+
+def assemble(collected: Sequence[GroupScores]) -> Scores:
+    """Concatenate the scores of groups into flat arrays, in group order."""
+    sizes = torch.tensor([len(scores.combined) for scores in collected])
+    names = collected[0].by_name
+    return Scores(
+        combined=torch.cat([scores.combined for scores in collected]),
+        valid=torch.cat([scores.valid for scores in collected]),
+        group=torch.repeat_interleave(torch.arange(len(collected)), sizes),
+        by_name={name: torch.cat([scores.by_name[name] for scores in collected]) for name in names},
+    )
+
+
+def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float]:
+    """Reward statistics of a step under TRL's keys; failures are counted, never hidden."""
+    values = {"reward": _mean(scores.combined[scores.valid])}
+    for name, raw in scores.by_name.items():
+        finite = raw[torch.isfinite(raw)]
+        values[f"rewards/{name}/mean"] = _mean(finite)
+        values[f"rewards/{name}/std"] = float(finite.std(unbiased=False)) if len(finite) else 0.0
+        failed = sum(group.num_failed.get(name, 0) for group in collected)
+        if failed:
+            values[f"rewards/{name}/failed"] = float(failed)
+    values["invalid_samples"] = float((~scores.valid).sum())
+    values["num_samples"] = float(len(scores.combined))
+    return values
+
+
+def plan_windows(
+    groups: Sequence[RolloutGroup],
+    group_of: torch.Tensor,
+    order: Sequence[int],
+    *,
+    num_windows: int,
+    micro_batch_size: int,
+    rank: int,
+    world: int,
+) -> list[Window]:
+    """Deal samples ``order`` (positions among all samples of the step) into optimizer steps.
+
+    ``groups`` are those of this process; a sample belongs to the process that owns its group.
+    Which samples share an optimizer step depends on ``order`` alone.  Every process gets equally
+    many micro-batches in a window; a short one repeats work with weight 0.
+    """
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(group_of).cumsum(0)])
+    mine = {group.request.index: group for group in groups}
+    filler = Sample(groups[0], 0, int(first[groups[0].request.index]), weight=0.0)
+    windows = []
+    for chunk in torch.tensor_split(torch.tensor(order), num_windows):
+        by_rank: list[list[int]] = [[] for _ in range(world)]
+        for position in chunk.tolist():
+            by_rank[owner(int(group_of[position]), world)].append(position)
+        count = max(1, *(-(-len(positions) // micro_batch_size) for positions in by_rank))
+        samples = []
+        for position in by_rank[rank]:
+            index = int(group_of[position])
+            samples.append(Sample(mine[index], position - int(first[index]), position))
+        batches = [
+            samples[i : i + micro_batch_size] for i in range(0, len(samples), micro_batch_size)
+        ]
+        batches += [[filler]] * (count - len(batches))
+        windows.append(Window(batches))
+    return windows
+
+
+def _known_logp(
+    rows: Sequence[Sample], anchors: Mapping[int, torch.Tensor], device: torch.device
+) -> torch.Tensor | None:
+    """``logp_old`` [B, K]: from the anchor pass if there was one, else from the rollout."""
+    if anchors:
+        # Padding rows may have met no anchor pass; their loss has weight 0 whatever stands here.
+        some = next(iter(anchors.values()))
+        return torch.stack([anchors.get(s.position, torch.zeros_like(some)) for s in rows])
+    found = [s.group.logp_old[s.index] for s in rows if s.group.logp_old is not None]
+    return torch.stack(found).to(device) if found else None
+
+
+def _mean(values: torch.Tensor) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
