@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import Lock
 from typing import Any, Literal
 
@@ -158,6 +159,6 @@ def _loaded(name: str, pretrained: str | None, device: torch.device) -> _Clip:
         model, preprocess = open_clip.create_model_from_pretrained(
             name, pretrained, device=device, weights_only=True, return_transform=True
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError, UnpicklingError) as error:
         raise UserError(f"open_clip cannot load {name!r} with {pretrained!r}: {error}") from error
     return _Clip(model, preprocess, open_clip.get_tokenizer(name), device)
