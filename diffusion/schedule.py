@@ -50,14 +50,14 @@ def _diffusers_default(num_steps: int, shift: float) -> Tensor:
 def build_scheduler(name: Scheduler, sigmas: Tensor, noise_level: float = 0.0) -> Any:
     """A diffusers scheduler that visits exactly ``sigmas`` [N + 1]; use with ``step``.
 
-    The multistep schedulers only take a number of steps, so their levels are replaced after
-    ``set_timesteps``; ``euler`` is built with shift 1 because it would shift ours again.
+    ``set_timesteps`` of the multistep schedulers only makes grids of its own, so a fresh scheduler
+    is given ours directly; ``euler`` is built with shift 1 because it would shift ours again.
     """
     scheduler = _CONSTRUCTORS[name](noise_level)
     if name == "euler":
         scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
     else:
-        scheduler.set_timesteps(len(sigmas) - 1)
+        scheduler.num_inference_steps = len(sigmas) - 1
         scheduler.sigmas = sigmas.float().cpu()
         scheduler.timesteps = scheduler.sigmas[:-1] * NUM_TRAIN_TIMESTEPS
     scheduler.set_begin_index(0)
