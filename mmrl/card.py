@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from mmrl.report import number
-from mmrl.resolve import entries, names
+from mmrl.resolve import entries
 from mmrl.run_folder import Change, RunFolder, before_after, read_run
 
 # Sections of a configuration that hold named parts, with the kind each belongs to.
 _PARTS = {
+    "backend": "backends",
     "objective": "objectives",
     "advantage": "advantages",
     "modulators": "modulators",
@@ -140,7 +141,7 @@ def _sources(config: Mapping[str, Any]) -> str:
     """The parts the run was made of, each with its paper where it has one."""
     lines = []
     for section, kind in _PARTS.items():
-        shipped = {entry.name: entry for entry in entries(kind)} if names(kind) else {}
+        shipped = {entry.name: entry for entry in entries(kind)}
         for part in _parts(config, section):
             entry = shipped.get(part["name"])
             paper = f" ({entry.paper})" if entry and entry.paper else ""

@@ -8,19 +8,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 SERIES_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308")
 # Colours that no drawing uses, replaced by variables of the page's style sheet after drawing.
 _THEMED = {"#010203": "var(--ink)", "#010204": "var(--muted)", "#010205": "var(--line)"}
 _INK, _MUTED, _LINE = _THEMED
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
+    "axes.formatter.useoffset": False,
     "font.size": 9.5,
     "text.color": _INK,
     "axes.edgecolor": _LINE,
@@ -62,18 +65,16 @@ def line_chart(
     ``markers`` shows each point, for sparse series such as evaluations, and never smooths.
     """
     # The salt keeps identifiers of one page apart and the file reproducible.
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.8, 2.7), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y")
         if log_scale:
-            axes.set_yscale("log")
-            # Plain numbers: the default labels are mathematics, which SVG text does not set.
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            _logarithmic(axes)
         for i, item in enumerate(series):
             _draw(axes, item, SERIES_COLOURS[i % len(SERIES_COLOURS)], markers)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _widen_if_flat(axes, series)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if len(series) > 1:
             # Above the plot, so that it never covers a curve.
             columns = min(3, len(series))
@@ -84,10 +85,15 @@ def line_chart(
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the finite values within ``window`` points around each; NaN where there is none."""
     half = window // 2
+    finite = [math.isfinite(x) for x in values]
+    # Sums of prefixes, so that long runs do not cost a window for each point.
+    sums = [0.0, *accumulate(x if ok else 0.0 for x, ok in zip(values, finite, strict=True))]
+    counts = [0, *accumulate(finite)]
     means = []
     for i in range(len(values)):
-        near = [x for x in values[max(0, i - half) : i + half + 1] if math.isfinite(x)]
-        means.append(sum(near) / len(near) if near else math.nan)
+        low, high = max(0, i - half), min(len(values), i + half + 1)
+        count = counts[high] - counts[low]
+        means.append((sums[high] - sums[low]) / count if count else math.nan)
     return means
 
 
@@ -103,6 +109,22 @@ def _draw(axes: Axes, item: Series, colour: str, markers: bool) -> None:
         low = [m - s for m, s in zip(shown, item.band, strict=True)]
         high = [m + s for m, s in zip(shown, item.band, strict=True)]
         axes.fill_between(item.steps, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    # Plain numbers: the default labels are mathematics, which SVG text does not set.
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _widen_if_flat(axes: Axes, series: Sequence[Series]) -> None:
+    """Room around a constant, whose axis would otherwise show rounding errors."""
+    values = [x for item in series if not item.band for x in item.values if math.isfinite(x)]
+    if values and max(values) - min(values) <= 1e-9 * max(map(abs, values)):
+        room = 0.1 * abs(values[0]) or 0.1
+        axes.set_ylim(values[0] - room, values[0] + room)
 
 
 def _inline(figure: Figure, title: str) -> str:

@@ -47,10 +47,11 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (UserError, ValidationError) as error:
-            _print_error(_message(error))
+            _complain("error", _message(error))
             raise typer.Exit(USER_MISTAKE) from None
-        except KeyboardInterrupt:
-            _print_error("interrupted")
+        except KeyboardInterrupt as interruption:
+            # The training loop says here what was saved.
+            _complain("interrupted", str(interruption))
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -92,7 +93,7 @@ def train(
     changes = before_after(read_run(run).metrics)
     if changes:
         console.print(results_table(changes))
-    console.print(f"Run folder: {run}", soft_wrap=True)
+    console.print(f"Report: {run / 'report.html'}", soft_wrap=True)
 
 
 @app.command(epilog="Example: mmrl check configs/quickstart.yaml training.group_size=16")
@@ -219,7 +220,7 @@ def doctor() -> None:
         console.print(line, soft_wrap=True)
         failed += result.status == "fail"
     if failed:
-        _print_error(f"{failed} of the checks failed")
+        _complain("error", f"{failed} of the checks failed")
         raise typer.Exit(FAILED_CHECK)
 
 
@@ -305,8 +306,8 @@ def _message(error: UserError | ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _print_error(message: str) -> None:
+def _complain(label: str, message: str) -> None:
     """On standard error from every process: a mistake may show on one of them only."""
     where = "" if is_main_process() else f"[process {_rank()}] "
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(where, ("error: ", "bold red"), message), soft_wrap=True)
+    line = Text.assemble(where, (f"{label}: ", "bold red"), message)
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
