@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +73,6 @@ class NoisyRows:
 
 class DiffusionBackend:
     """See ``mmrl.backend.Backend``."""
-
-    provides: ClassVar[frozenset[str]] = frozenset(
-        {"logp", "velocity_gap_reference", "velocity_gap_ema", "sigma"}
-    )
 
     def __init__(
         self,

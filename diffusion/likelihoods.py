@@ -50,17 +50,17 @@ def weighted_error(error: Tensor, time: Tensor, weighting: Weighting, power: flo
     uniform: l;  t: t l;  t2: t^2 l;  huber: t (sqrt(l+e) - sqrt(e));
     ghuber: (t/p) ((l+e)^p - e^p) with p = ``power``.
     """
-    l, t, e = error.double(), time.double(), ERROR_FLOOR  # noqa: E741 - the paper's letter
+    error, t, e = error.double(), time.double(), ERROR_FLOOR
     if weighting == "uniform":
-        return l
+        return error
     if weighting == "t":
-        return t * l
+        return t * error
     if weighting == "t2":
-        return t.square() * l
+        return t.square() * error
     if weighting == "huber":
-        return t * ((l + e).sqrt() - e**0.5)
+        return t * ((error + e).sqrt() - e**0.5)
     if weighting == "ghuber":
-        return (t / power) * ((l + e) ** power - e**power)
+        return (t / power) * ((error + e) ** power - e**power)
     raise UserError(f"weighting {weighting!r} is unknown; allowed: {get_args(Weighting)}")
 
 

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+
 from diffusion.likelihoods import (
     draw_times,
     interpolate,
@@ -24,18 +25,18 @@ from mmrl.types import UserError
 
 FLOOR = 1e-10
 WEIGHTINGS = {
-    "uniform": lambda l, t, p: l,
-    "t": lambda l, t, p: t * l,
-    "t2": lambda l, t, p: t * t * l,
-    "huber": lambda l, t, p: t * (math.sqrt(l + FLOOR) - 1e-5),
-    "ghuber": lambda l, t, p: t / p * ((l + FLOOR) ** p - FLOOR**p),
+    "uniform": lambda e, t, p: e,
+    "t": lambda e, t, p: t * e,
+    "t2": lambda e, t, p: t * t * e,
+    "huber": lambda e, t, p: t * (math.sqrt(e + FLOOR) - 1e-5),
+    "ghuber": lambda e, t, p: t / p * ((e + FLOOR) ** p - FLOOR**p),
 }
 SLOPES = {
-    "uniform": lambda l, t, p: 1.0,
-    "t": lambda l, t, p: t,
-    "t2": lambda l, t, p: t * t,
-    "huber": lambda l, t, p: t / (2 * math.sqrt(l + FLOOR)),
-    "ghuber": lambda l, t, p: t * (l + FLOOR) ** (p - 1),
+    "uniform": lambda e, t, p: 1.0,
+    "t": lambda e, t, p: t,
+    "t2": lambda e, t, p: t * t,
+    "huber": lambda e, t, p: t / (2 * math.sqrt(e + FLOOR)),
+    "ghuber": lambda e, t, p: t * (e + FLOOR) ** (p - 1),
 }
 POINTS = [(0.0, 0.5), (1e-6, 0.9), (1e-3, 0.2), (0.7, 1.0), (40.0, 0.01)]
 
@@ -44,7 +45,7 @@ POINTS = [(0.0, 0.5), (1e-6, 0.9), (1e-3, 0.2), (0.7, 1.0), (40.0, 0.01)]
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
 def test_weightings_equal_their_formulas(name, power):
     errors, times = torch.tensor(POINTS, dtype=torch.float64).T
-    expected = [-WEIGHTINGS[name](l, t, power) for l, t in POINTS]
+    expected = [-WEIGHTINGS[name](e, t, power) for e, t in POINTS]
     logp = surrogate_logp(errors, times, name, power)
     assert logp.dtype == torch.float64
     torch.testing.assert_close(
@@ -57,7 +58,7 @@ def test_3_slopes_of_the_weightings(name):
     errors, times = torch.tensor(POINTS, dtype=torch.float64).T
     errors.requires_grad_(True)
     weighted_error(errors, times, name, 0.25).sum().backward()
-    expected = [SLOPES[name](l, t, 0.25) for l, t in POINTS]
+    expected = [SLOPES[name](e, t, 0.25) for e, t in POINTS]
     torch.testing.assert_close(errors.grad, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -68,7 +69,9 @@ def test_3_finite_differences_of_the_weightings(name):
     h = 1e-6 * errors
     rise = weighted_error(errors + h, times, name, 0.25)
     rise = (rise - weighted_error(errors - h, times, name, 0.25)) / (2 * h)
-    expected = [SLOPES[name](l, t, 0.25) for l, t in zip(errors.tolist(), times.tolist())]
+    expected = [
+        SLOPES[name](e, t, 0.25) for e, t in zip(errors.tolist(), times.tolist(), strict=True)
+    ]
     torch.testing.assert_close(rise, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
 
 

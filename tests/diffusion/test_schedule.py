@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from diffusion.schedule import build_scheduler, sigma_grid, step
 
 DIFFUSERS_10 = [1, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893]
