@@ -1,0 +1,152 @@
+"""The shipped tiny SD3 pipeline: checksums, size, classes, and one drawn image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextModelWithProjection
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+FOLDER = ASSETS / "tiny-sd3"
+TEXT_LENGTH = 10
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict:
+    return json.loads((ASSETS / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion3Pipeline:
+    # diffusers wants the absent T5 parts named even though model_index.json holds nulls.
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        FOLDER, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rows(name: str) -> list[dict]:
+    """The lines of one prompt file."""
+    text = (ASSETS / "prompts" / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_manifest_lists_every_file_with_its_checksum(manifest):
+    for name, entry in manifest["files"].items():
+        data = (ASSETS / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"], name
+        assert len(data) == entry["bytes"], name
+    shipped = {
+        p.relative_to(ASSETS).as_posix()
+        for part in ("tiny-sd3", "prompts")
+        for p in (ASSETS / part).rglob("*")
+        if p.is_file()
+    }
+    assert shipped <= set(manifest["files"])
+
+
+def test_manifest_accuracy_lies_in_the_band(manifest):
+    accuracy = manifest["base_accuracy"]
+    assert accuracy["images"] >= 200
+    assert 0.42 <= accuracy["overall"] <= 0.58
+    assert manifest["ocr_ground_truth"] >= 0.97
+    assert manifest["ocr_reconstructions"] >= 0.97
+
+
+def test_folder_is_small_half_precision_safetensors():
+    files = [p for p in FOLDER.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 12 * 2**20
+    assert {p.suffix for p in files} <= {".json", ".txt", ".safetensors"}
+    for path in (p for p in files if p.suffix == ".safetensors"):
+        with path.open("rb") as handle:
+            head = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        assert {v["dtype"] for k, v in head.items() if k != "__metadata__"} <= {"F16", "I64"}
+
+
+def test_component_classes(pipe):
+    assert isinstance(pipe.transformer, SD3Transformer2DModel)
+    assert isinstance(pipe.vae, AutoencoderKL)
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert isinstance(pipe.text_encoder, CLIPTextModelWithProjection)
+    assert isinstance(pipe.text_encoder_2, CLIPTextModelWithProjection)
+    assert pipe.text_encoder_3 is None and pipe.tokenizer_3 is None
+    assert pipe.scheduler.config.shift == 3.0
+    assert 1e6 <= sum(p.numel() for p in pipe.transformer.parameters()) <= 3e6
+    for name in ("tokenizer", "tokenizer_2"):
+        assert (FOLDER / name / "vocab.json").exists()
+        assert (FOLDER / name / "merges.txt").exists()
+
+
+def test_prompts_train_and_evaluation_are_disjoint(manifest):
+    train, held = rows("ocr-train.jsonl"), rows("ocr-eval.jsonl")
+    assert len(held) >= 64 and len(train) >= 200
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held}
+    assert len({r["prompt"] for r in train + held}) == len(train) + len(held)
+    assert all(r["prompt"].split('"')[1] == r["text"] for r in train + held)
+    unseen = set(manifest["held_out"]["numbers_never_trained"])
+    assert unseen and not unseen & {r["text"] for r in train}
+    assert unseen <= {r["text"] for r in held}
+
+
+def test_tokenizers_spell_the_quoted_text(pipe):
+    for row in rows("ocr-train.jsonl") + rows("ocr-eval.jsonl"):
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(row["prompt"]).input_ids)
+            assert len(tokens) <= tokenizer.model_max_length == TEXT_LENGTH
+            first, last = (i for i, t in enumerate(tokens) if t == '"</w>')
+            spelt = [t.removesuffix("</w>") for t in tokens[first + 1 : last]]
+            assert spelt == list(row["text"].lower())
+
+
+def draw(pipe: StableDiffusion3Pipeline, **call):
+    """Draw one prompt with a fixed seed."""
+    return pipe(
+        'a red sign "42"',
+        generator=torch.Generator().manual_seed(0),
+        guidance_scale=1.0,
+        max_sequence_length=TEXT_LENGTH,
+        output_type="np",
+        **call,
+    ).images
+
+
+def test_draws_an_image_and_a_default_size_works(pipe):
+    first = draw(pipe, height=32, width=64, num_inference_steps=4)
+    assert first.shape == (1, 32, 64, 3)
+    assert (first == draw(pipe, height=32, width=64, num_inference_steps=4)).all()
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    assert draw(pipe, num_inference_steps=1).shape == (1, side, side, 3)
+
+
+def test_build_script_computes_the_pipelines_text_embeddings(pipe, monkeypatch):
+    monkeypatch.syspath_prepend(str(ASSETS))
+    build = pytest.importorskip("build_tiny_sd3", reason="the build script needs rapidocr")
+    models = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    prompts = ['a red sign "42"', 'a purple sign "CAT"']
+    ids = build.tokenise(pipe.tokenizer, prompts)
+    with torch.no_grad():
+        ours = build.encode_text(models, ids, TEXT_LENGTH)
+        theirs = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+        )
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[2])
+
+
+def test_build_script_splits_the_shipped_prompts(manifest, monkeypatch):
+    monkeypatch.syspath_prepend(str(ASSETS))
+    build = pytest.importorskip("build_tiny_sd3", reason="the build script needs rapidocr")
+    train, held, unseen = build.split_prompts(manifest["seed"])
+    assert train == rows("ocr-train.jsonl") and held == rows("ocr-eval.jsonl")
+    assert unseen == manifest["held_out"]["numbers_never_trained"]
