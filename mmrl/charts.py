@@ -73,6 +73,7 @@ def line_chart(
             _logarithmic(axes)
         for i, item in enumerate(series):
             _draw(axes, item, SERIES_COLOURS[i % len(SERIES_COLOURS)], markers)
+        axes.set_xlabel("step")
         _widen_if_flat(axes, series)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if len(series) > 1:

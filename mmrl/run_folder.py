@@ -133,7 +133,8 @@ def training_curves(metrics: Sequence[Row]) -> dict[str, tuple[list[int], list[f
     curves: dict[str, dict[int, float]] = {}
     for row in metrics:
         for key, value in row.items():
-            if key != "step" and not key.startswith(EVAL) and _is_number(value):
+            # The log writes a value that is not finite as null: a gap in the curve.
+            if key != "step" and not key.startswith(EVAL) and (value is None or _is_number(value)):
                 number = float(value) if is_finite(value) else math.nan
                 curves.setdefault(key, {})[int(row["step"])] = number
     return {

@@ -1,0 +1,156 @@
+"""Every shipped configuration is valid, commented, and says what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+
+from mmrl.config import RunConfig, load
+from mmrl.preflight import describe, refuse_unless_consistent
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(LAUNCHERS))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def test_nothing_is_missing():
+    assert {name(path) for path in RUNS} == {"quickstart.yaml", "diffusion/sd35/awm-ocr.yaml"}
+    assert {path.stem for path in LAUNCHERS} == set(
+        ("cpu", "cpu2", "single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3")
+    )
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_run_configurations_are_valid(path):
+    config = load(path)
+    refuse_unless_consistent(config)
+    assert "{name}" not in str(config.run_dir)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_what_is_written_is_what_is_used(path):
+    """Loading changes no value, and the resolved file loads to the same again."""
+    written, resolved = yaml.safe_load(path.read_text()), load(path).dump()
+    assert differences(written, resolved) == []
+    again = yaml.safe_dump(resolved)
+    assert yaml.safe_load(again) == resolved
+
+
+def differences(written, resolved, where: str = "") -> list[str]:
+    """Places where a written value is absent or different; what is not written is free."""
+    if isinstance(written, dict):
+        return [
+            line
+            for key, value in written.items()
+            for line in differences(value, resolved.get(key), f"{where}.{key}")
+        ]
+    if isinstance(written, list):
+        if len(written) != len(resolved):
+            return [where]
+        pairs = enumerate(zip(written, resolved, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
+    return [] if written == resolved else [where]
+
+
+def test_quickstart_is_checked_without_weights(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = dict(describe(load(CONFIGS / "quickstart.yaml")))
+    assert lines["samples per step"].startswith("96 ")
+
+
+def test_quickstart_explains_every_key():
+    lines = (CONFIGS / "quickstart.yaml").read_text().splitlines()
+    values = [line for line in lines if line.strip() and not line.rstrip().endswith(":")]
+    assert [line for line in values if "#" not in line] == []
+
+
+def test_awm_recipe_has_the_published_numbers():
+    config = load(CONFIGS / "diffusion" / "sd35" / "awm-ocr.yaml")
+    assert config.training.prompts_per_step * config.training.group_size == 1728
+    assert published(config) == {
+        "rollout": ("sa_solver", 0.4, 14, 1.0, 512, 512),
+        "likelihood": ("ghuber", 0.25, 6, "discrete_wo_init", 0.9),
+        "ema": (0.3, 0.001),
+        "advantage": ("global", 0, 1e-4),
+        "clip": (5.0, True, 1.0),
+        "coefs": {"kl_reference": 0.003, "kl_ema": 1.0},
+        "lora": (32, 64.0, "gaussian"),
+        "adamw": (3e-4, (0.9, 0.999), 1e-8, 1e-4, 1.0),
+    }
+
+
+def published(config: RunConfig) -> dict[str, object]:
+    """Numbers of the recipe, in the order in which the paper's code lists them."""
+    dump = config.dump()
+    backend, optimizer = dump["backend"], config.optimizer
+    pick = lambda section, *keys: tuple(section[key] for key in keys)  # noqa: E731
+    return {
+        "rollout": pick(
+            backend["rollout"],
+            "scheduler",
+            "noise_level",
+            "num_steps",
+            "guidance",
+            "height",
+            "width",
+        ),
+        "likelihood": pick(
+            backend["likelihood"],
+            "weighting",
+            "ghuber_power",
+            "num_times",
+            "time_sampler",
+            "timestep_fraction",
+        ),
+        "ema": pick(backend["likelihood"]["ema"], "max_decay", "rate"),
+        "advantage": pick(dump["advantage"], "deviation", "ddof", "eps"),
+        "clip": pick(dump["modulators"][0], "bound", "normalize", "output_max"),
+        "coefs": {part["name"]: part["coef"] for part in dump["regularisers"]},
+        "lora": pick(backend["model"]["lora"], "rank", "alpha", "init"),
+        "adamw": (
+            optimizer.learning_rate,
+            optimizer.betas,
+            optimizer.eps,
+            optimizer.weight_decay,
+            optimizer.max_grad_norm,
+        ),
+    }
+
+
+EXPECTED_LAUNCH = {
+    "cpu": (DistributedType.NO, True, 1),
+    "cpu2": (DistributedType.MULTI_GPU, False, 2),
+    "single_gpu": (DistributedType.NO, False, 1),
+    "multi_gpu": (DistributedType.MULTI_GPU, False, 8),
+    "fsdp2": (DistributedType.FSDP, False, 8),
+    "zero2": (DistributedType.DEEPSPEED, False, 8),
+    "zero3": (DistributedType.DEEPSPEED, False, 8),
+}
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_launcher_files_are_read_by_accelerate(path):
+    config = load_config_from_file(str(path))
+    found = (config.distributed_type, config.use_cpu, config.num_processes)
+    assert found == EXPECTED_LAUNCH[path.stem]
+    # The run's own dtype decides: a launcher's would override it unseen.
+    assert config.mixed_precision == "no"
+    assert path.read_text().startswith("#")
+
+
+def test_sharded_launchers_shard():
+    def section(stem: str, key: str) -> dict:
+        return getattr(load_config_from_file(str(CONFIGS / "accelerate" / f"{stem}.yaml")), key)
+
+    assert section("fsdp2", "fsdp_config")["fsdp_version"] == 2
+    assert section("zero2", "deepspeed_config")["zero_stage"] == 2
+    assert section("zero3", "deepspeed_config")["zero_stage"] == 3
