@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Literal
 Status = Literal["ok", "note", "fail"]
 PACKAGES = (
     "torch",
+    "torchvision",
     "diffusers",
     "transformers",
     "accelerate",
@@ -25,6 +27,13 @@ PACKAGES = (
     "pydantic",
 )
 OPTIONAL_PACKAGES = ("xformers", "flash-attn", "deepspeed")
+# Versions that do not fit each other show only when the compiled parts are loaded.
+IMPORTS = {
+    "diffusers": "StableDiffusion3Pipeline",
+    "transformers": "CLIPTextModelWithProjection",
+    "peft": "LoraConfig",
+    "open_clip": "create_model",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ def examine() -> Iterator[Check]:
         yield package(name, missing="fail")
     for name in OPTIONAL_PACKAGES:
         yield package(name, missing="note")
+    for module, attribute in IMPORTS.items():
+        yield importable(module, attribute)
     for device in devices():
         yield Check(f"device {device}", "ok", describe_device(device))
         yield Check(f"dtypes on {device}", "ok", ", ".join(working_dtypes(device)))
@@ -61,6 +72,20 @@ def package(name: str, *, missing: Status) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, missing, "not installed")
+
+
+def importable(module: str, attribute: str) -> Check:
+    """Whether a library really loads, down to one object that a run uses."""
+    topic = f"import {module}"
+    try:
+        getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        # A mismatch of compiled libraries may raise anything; the first cause is the telling one.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return Check(topic, "fail", f"{attribute}: {type(cause).__name__}: {cause}")
+    return Check(topic, "ok", f"{attribute} loads")
 
 
 def devices() -> list[str]:

@@ -19,6 +19,22 @@ def test_package_versions():
     assert (absent.status, absent.detail) == ("note", "not installed")
 
 
+def test_libraries_that_load():
+    assert doctor.importable("json", "dumps").status == "ok"
+
+
+def test_a_library_that_does_not_load_names_the_first_cause(monkeypatch, tmp_path):
+    (tmp_path / "broken_library.py").write_text(
+        "try:\n    raise OSError('no such operator')\n"
+        "except OSError as error:\n    raise ImportError('sorry') from error\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = doctor.importable("broken_library", "anything")
+    assert (check.status, check.detail) == ("fail", "anything: OSError: no such operator")
+    assert doctor.importable("json", "absent").status == "fail"
+    assert doctor.importable("no_such_module", "x").status == "fail"
+
+
 def test_devices_and_dtypes_of_the_cpu():
     assert doctor.devices()[0] == "cpu"
     assert "fp32" in doctor.working_dtypes("cpu")
@@ -80,7 +96,8 @@ def test_exit_code(monkeypatch, status, code):
     assert "its detail" in result.output
 
 
-def test_examine_covers_every_topic():
+def test_examine_covers_every_topic(monkeypatch):
+    monkeypatch.setattr(doctor, "IMPORTS", {"json": "dumps"})
     topics = {check.topic for check in doctor.examine()}
     expected = {"python", "torch", "xformers", "device cpu", "dtypes on cpu", "ocr reward"}
-    assert expected | {"attention sdpa on cpu", "current folder"} <= topics
+    assert expected | {"import json", "attention sdpa on cpu", "current folder"} <= topics
