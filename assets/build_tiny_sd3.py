@@ -418,9 +418,10 @@ def pretrain(models, latents, owner, tokenizer, train, held, reader, args) -> li
     empty_ids = tokenise(tokenizer, [""])[0]
     held_ids = tokenise(tokenizer, [r["prompt"] for r in held])
     owner = torch.from_numpy(owner)
-    # Words have three glyphs out of 26 and are fewer, so they are drawn somewhat more often.
+    # Words are fewer and harder than numbers (more glyphs, less shared), so they are drawn more
+    # often: about every second sign is a word.
     is_word = torch.tensor([r["kind"] == "word" for r in train])
-    row_weight = torch.where(is_word, 1.5, 1.0)
+    row_weight = torch.where(is_word, 5.0, 1.0)
     per_row = len(owner) // len(train)
     curve, begun = [], (time.time(), time.process_time())
     running = 0.0
