@@ -17,7 +17,7 @@ from rewards.combine import Scorer, parse_specs
 
 NAN = math.nan
 # Long enough that a healthy call never meets it, short enough for a test.
-TIMEOUT = 0.3
+TIMEOUT = 1.5
 
 
 @pytest.fixture
@@ -156,7 +156,8 @@ def test_raising_invalidates_the_group_only(error, scorer, group):
             raise error
         return [1.0] * len(outputs)
 
-    bad, good = score(scorer(f=fussy, g=returning([5.0, 5.0])), group(["bad", ""]), group(["", ""]))
+    each = scorer(f=(fussy, {"timeout_s": 5}), g=returning([5.0, 5.0]))
+    bad, good = score(each, group(["bad", ""]), group(["", ""]))
     assert values(bad.by_name["f"]) == [None, None]
     assert bad.by_name["g"].tolist() == [5.0, 5.0]
     assert bad.valid.tolist() == [False, False]
@@ -227,10 +228,10 @@ def test_a_hang_times_out_and_later_groups_are_scored(scorer, group):
 
 def test_waiting_in_the_queue_does_not_count_as_hanging(scorer, group):
     def slow(prompts, outputs, **columns):
-        threading.Event().wait(TIMEOUT / 3)
+        threading.Event().wait(TIMEOUT / 2)
         return [1.0] * len(outputs)
 
-    results = score(scorer(f=(slow, {"timeout_s": TIMEOUT})), *[group([0]) for _ in range(5)])
+    results = score(scorer(f=(slow, {"timeout_s": TIMEOUT})), *[group([0]) for _ in range(3)])
     assert all(result.valid.all() for result in results)
 
 
