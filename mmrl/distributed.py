@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,4 +80,29 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     Without ``cpu=True`` accelerate leaves several CPU processes unaware of each other.
     """
     cpu = not torch.cuda.is_available()
+    if cpu:
+        share_cores(os.environ)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+
+
+def share_cores(environment: Mapping[str, str]) -> None:
+    """Let the processes of this machine use all of its cores.
+
+    Launchers set ``OMP_NUM_THREADS=1`` where nobody chose a number, which leaves cores idle; any
+    other number is somebody's choice and stays.  ``MMRL_NUM_THREADS`` overrules both.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in environment or "LOCAL_WORLD_SIZE" in environment
+    chosen = environment.get("MMRL_NUM_THREADS")
+    if chosen is not None:
+        torch.set_num_threads(int(chosen))
+    elif launched and environment.get("OMP_NUM_THREADS", "1") == "1":
+        local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, available_cores() // local))
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1

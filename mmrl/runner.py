@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -105,13 +105,17 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         session.backend.load_auxiliary_state(auxiliary)
     steps = trainer.progress.step
     metrics = _open_folder(session, steps if resume else None)
-    with make_display(config, session.main) as display, _interruptible() as interrupted:
+    with ExitStack() as stack:
+        stack.callback(trainer.scorer.close)
+        if metrics is not None:
+            stack.callback(metrics.close)
+        display = stack.enter_context(make_display(config, session.main))
+        interrupted = stack.enter_context(_interruptible())
         display.note(f"resuming after step {steps}" if start else f"run folder: {run}")
         loop = Loop(session, trainer, metrics, display, interrupted)
         finished = loop.run()
         if finished:
             _finish(session, untouched)
-        trainer.scorer.close()
     session.accelerator.end_training()
     if not finished:
         raise KeyboardInterrupt(f"saved step {trainer.progress.step}; continue with --resume")

@@ -83,7 +83,7 @@ class Trainer:
         collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
         scores = assemble(collected)
         advantages = self._advantages(scores)
-        means = Means()
+        means, rate = Means(), self.scheduler.get_last_lr()[0]
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(step)
@@ -92,7 +92,7 @@ class Trainer:
             **summary(scores, collected),
             **advantages.metrics,
             **self._reduced(means),
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": rate,
             "bad_updates": float(self.progress.bad_updates),
             "time/rollout": rollout_time,
             "time/reward": reward_time,

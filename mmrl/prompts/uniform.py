@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from mmrl.schema import StrictModel
-from mmrl.types import Prompt, UserError
+from mmrl.types import Prompt
 
 PAPER = ""
 
@@ -23,13 +23,9 @@ def take(
     """``count`` distinct prompts for ``step`` and the next state.
 
     The position in the stream of shuffles follows from the step alone, so a resumed run continues
-    where it stopped.  A remainder too small for a step is left to the next shuffle.  Raises
-    ``UserError`` if ``count`` exceeds the number of prompts.
+    where it stopped.  A remainder too small for a step is left to the next shuffle.
     """
-    if count > len(prompts):
-        raise UserError(
-            f"training.prompts_per_step: {count} is more than the {len(prompts)} prompts in the file"
-        )
+    assert count <= len(prompts), "preflight refuses steps larger than the prompt set"
     epoch, position = divmod(step, len(prompts) // count)
     order = _permutation(len(prompts), seed, epoch)
     return [prompts[i] for i in order[position * count : (position + 1) * count]], state

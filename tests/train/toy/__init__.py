@@ -1,0 +1,1 @@
+"""Toy parts for tests of the loop."""

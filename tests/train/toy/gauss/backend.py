@@ -1,0 +1,102 @@
+"""x_k ~ N(mu_k, 1): a policy with K independent decisions, one parameter each."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from mmrl.types import PolicyTerms, RolloutGroup
+
+
+class Policy(nn.Module):
+    def __init__(self, decisions):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(decisions))
+
+    def forward(self, x):
+        return -0.5 * (x - self.mean) ** 2
+
+
+class ToyBackend:
+    def __init__(self, config):
+        self.config = config
+        self.model = Policy(config.decisions)
+        self.average = self.model.mean.detach().clone()
+        self.off_policy = config.off_policy
+        self.updates = 0
+        self.calls = []
+
+    @torch.no_grad()
+    def rollout(self, requests, *, evaluation=False):
+        policy = getattr(self.model, "module", self.model)
+        for request in requests:
+            rows = [noise(request, i, self.config.decisions) for i in range(request.group_size)]
+            x = torch.stack(rows) + policy.mean
+            yield RolloutGroup(
+                request=request,
+                outputs=[row.tolist() for row in x],
+                payload=x,
+                mask=torch.ones(x.shape, dtype=torch.bool),
+                logp_old=policy(x) if self.config.knows_logp else None,
+            )
+
+    def collate(self, rows):
+        payload = torch.stack([group.payload[i] for group, i in rows])
+        return payload, torch.ones(payload.shape, dtype=torch.bool)
+
+    def evaluate(self, batch, needs):
+        self.calls.append(len(batch.payload))
+        logp = self.model(batch.payload)
+        if torch.is_grad_enabled() and self.config.drift:
+            logp = logp + self.config.drift
+        if torch.is_grad_enabled() and self.config.poison_step == self.updates:
+            logp = logp * torch.tensor(float("nan"))
+        reference = -0.5 * batch.payload**2 if "logp_ref" in needs else None
+        return PolicyTerms(logp=logp, logp_ref=reference)
+
+    def behaviour(self):
+        return self.averaged() if self.off_policy else nullcontext()
+
+    @contextmanager
+    def averaged(self):
+        policy = getattr(self.model, "module", self.model)
+        live = policy.mean.data.clone()
+        policy.mean.data.copy_(self.average)
+        yield
+        policy.mean.data.copy_(live)
+
+    def after_update(self, step):
+        self.updates += 1
+        policy = getattr(self.model, "module", self.model)
+        self.average = 0.5 * self.average + 0.5 * policy.mean.detach()
+
+    def auxiliary_state(self):
+        return {"average": self.average}
+
+    def load_auxiliary_state(self, state):
+        self.average = state["average"].clone()
+
+    def export(self, folder, card):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.average, folder / "mean.pt")
+
+
+def noise(request, index, size):
+    key = f"{request.seed}/{request.stream}/{request.prompt.id}/{index}"
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def build(config, *, device, prompts, seed, needs):
+    return ToyBackend(config)
+
+
+def describe(config):
+    return [f"model: {config.decisions} Gaussians"]
+
+
+def estimate_memory(config):
+    return {"weights": 4.0 * config.decisions, "activations_per_sample": 8.0}

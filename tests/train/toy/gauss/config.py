@@ -1,0 +1,25 @@
+"""The ``backend`` section of the toy backend."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmrl.schema import StrictModel
+
+
+class Config(StrictModel):
+    """``drift``: added to replayed log-probabilities, to provoke the preflight."""
+
+    decisions: int = Field(3, ge=1)
+    drift: float = 0.0
+    knows_logp: bool = False
+    off_policy: bool = False
+    poison_step: int | None = None
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"logp", "logp_ref"})
+
+    @property
+    def mixed_precision(self) -> str:
+        return "no"

@@ -1,0 +1,54 @@
+"""Rewards for the toy backend: outputs are lists of K numbers."""
+
+import os
+import signal
+import time
+
+import torch
+
+
+def near_target(prompts, outputs, target, **columns):
+    """Minus the squared distance to the prompt's target."""
+    x, goal = torch.tensor(outputs), torch.tensor(target)
+    return -((x - goal[:, None]) ** 2).sum(1)
+
+
+def raises(prompts, outputs, **columns):
+    raise RuntimeError("the reward server is down")
+
+
+def always_nan(prompts, outputs, **columns):
+    return [float("nan")] * len(outputs)
+
+
+def one_too_many(prompts, outputs, **columns):
+    return [0.0] * (len(outputs) + 1)
+
+
+def hangs_on_first(prompts, outputs, target, **columns):
+    if prompts[0].endswith("0"):
+        time.sleep(60)
+    return near_target(prompts, outputs, target)
+
+
+def slow(prompts, outputs, target, **columns):
+    time.sleep(0.03)
+    return near_target(prompts, outputs, target)
+
+
+def constant(prompts, outputs, **columns):
+    return [1.0] * len(outputs)
+
+
+CALLS = 0
+
+
+def kills_itself(prompts, outputs, target, **columns):
+    """SIGKILL in the middle of a run, once: a marker file says that it has happened."""
+    global CALLS
+    CALLS += 1
+    marker = os.environ.get("TOY_KILL_MARKER")
+    if marker and CALLS == int(os.environ["TOY_KILL_CALL"]) and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return near_target(prompts, outputs, target)
