@@ -14,6 +14,7 @@ from tiny_sd3 import ALL_TERMS, PROMPTS, make_batch, make_requests
 from diffusion.likelihoods import interpolate, surrogate_logp
 from diffusion.models.base import Condition
 from diffusion.noise import normal
+from diffusion.schedule import sigma_grid
 from diffusion.weights import trainable
 from mmrl.advantages import group as group_advantage
 from mmrl.objectives import grpo
@@ -118,7 +119,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(make):
         with_prompt = guided._velocity(x, times, guided._condition(ids))
         without = guided._velocity(x, times, guided._condition(["", ""]))
     torch.testing.assert_close(found, 3 * with_prompt - 2 * without, rtol=0, atol=1e-5)
-    assert (found - with_prompt).abs().max() > 1e-4
+    assert (found - with_prompt).abs().max() > 0.1
 
 
 def test_evaluation_uses_its_own_settings(make):
@@ -157,19 +158,21 @@ def test_each_text_is_encoded_once_and_encoders_are_freed(make, monkeypatch):
 def test_logp_equals_a_loop_over_the_formula(make):
     backend = make()
     groups = list(backend.rollout(make_requests(group_size=2, count=2)))
-    terms = backend.evaluate(make_batch(backend, groups), ALL_TERMS)
+    with torch.no_grad():
+        terms = backend.evaluate(make_batch(backend, groups), ALL_TERMS)
     payload, _ = backend.collate([(group, i) for group in groups for i in range(2)])
     for b, key in enumerate(payload.keys):
         condition = backend._conditions[key.prompt_id]
         noise = normal([key], "likelihood", (2, 4, 8, 8))[0]
         for k, t in enumerate(payload.times[b].tolist()):
             x_t = (1 - t) * payload.x0[b] + t * noise[k]
-            v = backend.model(
-                hidden_states=x_t[None],
-                timestep=torch.tensor([1000 * t]),
-                encoder_hidden_states=condition.text,
-                pooled_projections=condition.pooled,
-            ).sample[0]
+            with torch.no_grad():
+                v = backend.model(
+                    hidden_states=x_t[None],
+                    timestep=torch.tensor([1000 * t]),
+                    encoder_hidden_states=condition.text,
+                    pooled_projections=condition.pooled,
+                ).sample[0]
             l2 = float(((v.double() - (noise[k] - payload.x0[b]).double()) ** 2).mean())
             expected = -t / 0.25 * ((l2 + 1e-10) ** 0.25 - 1e-10**0.25)
             assert terms.logp[b, k].item() == pytest.approx(expected, rel=1e-5)
@@ -204,15 +207,19 @@ def test_the_configured_weighting_is_used(make, weighting):
     "sampler", ["discrete", "discrete_wo_init", "discrete_with_init", "logit_normal", "uniform"]
 )
 def test_the_configured_time_sampler_is_used(make, sampler):
-    backend = make(likelihood={"time_sampler": sampler, "num_times": 2})
-    groups = list(backend.rollout(make_requests()))
-    times = make_batch(backend, groups).payload.times
-    grid = torch.tensor([1.0, 0.8577, 0.6022, 0.0089])
-    on_grid = (times[..., None] - grid).abs().amin(-1) < 0.15
-    assert times.shape == (4, 2)
-    assert ((0 < times) & (times <= 1)).all()
-    assert on_grid.all() or sampler in ("logit_normal", "uniform")
-    assert (times[:, 0] == 1).all() == (sampler == "discrete_with_init")
+    backend = make(rollout={"num_steps": 9}, likelihood={"time_sampler": sampler, "num_times": 3})
+    group = next(backend.rollout(make_requests()))
+    levels = set(sigma_grid("diffusers_default", 9, 3.0).tolist())
+    drawn = []
+    for stream in range(12):
+        moved = replace(group, request=replace(group.request, stream=stream))
+        drawn.append(backend.collate([(moved, 0)])[0].times[0])
+    times = torch.stack(drawn)
+    assert ((times > 0) & (times <= 1)).all()
+    assert (set(times.flatten().tolist()) <= levels) == sampler.startswith("discrete")
+    share_of_pure_noise = (times[:, 0] == 1).double().mean().item()
+    low, high = {"discrete": (0.01, 0.9), "discrete_with_init": (1, 1)}.get(sampler, (0, 0))
+    assert low <= share_of_pure_noise <= high
 
 
 def test_6_times_are_shared_and_noise_is_not(make):
@@ -338,12 +345,11 @@ def test_5_gaps_are_zero_at_the_start_and_have_a_gradient_after_a_step(make, lor
     assert not terms.velocity_gap_reference.any()
     assert not terms.velocity_gap_ema.any()
     move(backend, 0.02)
-    terms = backend.evaluate(batch, ALL_TERMS)
-    for gap in (terms.velocity_gap_reference, terms.velocity_gap_ema):
+    for name in ("velocity_gap_reference", "velocity_gap_ema"):
+        gap = backend.evaluate(batch, ALL_TERMS).need(name)
         assert (gap > 0).all()
-        found = gradient_of(backend, gap.mean() + 0 * terms.logp.sum())
+        found = gradient_of(backend, gap.mean())
         assert max(float(value.abs().max()) for value in found.values()) > 1e-6
-        terms = backend.evaluate(batch, ALL_TERMS)
 
 
 def test_the_gap_gradient_is_that_of_the_policy_side(make):
