@@ -27,9 +27,12 @@ _ADAPTER = """\
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained({path}, torch_dtype=torch.{dtype})
+pipe = StableDiffusion3Pipeline.from_pretrained(
+{base}    torch_dtype=torch.{dtype},
+)
 pipe.load_lora_weights(".")  # this folder
-image = pipe({call}).images[0]
+image = pipe(
+{call}).images[0]
 """
 _WHOLE_MODEL = """\
 import torch
@@ -37,8 +40,12 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 dtype = torch.{dtype}
 transformer = SD3Transformer2DModel.from_pretrained("transformer", torch_dtype=dtype)  # in here
-pipe = StableDiffusion3Pipeline.from_pretrained({path}, transformer=transformer, torch_dtype=dtype)
-image = pipe({call}).images[0]
+pipe = StableDiffusion3Pipeline.from_pretrained(
+{base}    transformer=transformer,
+    torch_dtype=dtype,
+)
+image = pipe(
+{call}).images[0]
 """
 
 
@@ -65,12 +72,37 @@ def usage(config: Mapping[str, Any]) -> str:
     backend = config.get("backend", {})
     model = backend.get("model", {})
     template = _WHOLE_MODEL if model.get("lora") is None else _ADAPTER
-    arguments = {"prompt": json.dumps("a prompt"), **_sampling(backend)}
+    path = str(model.get("path", ""))
+    base = [json.dumps(path), *(f"{name}=None" for name in _absent_parts(Path(path)))]
+    sampling = {"prompt": json.dumps("a prompt"), **_sampling(backend)}
     return template.format(
-        path=json.dumps(str(model.get("path", ""))),
+        base=_lines(base),
         dtype=_TORCH_DTYPES.get(model.get("dtype"), "bfloat16"),
-        call=", ".join(f"{key}={value}" for key, value in arguments.items()),
+        call=_lines([f"{key}={value}" for key, value in sampling.items()]),
     )
+
+
+def _lines(arguments: Sequence[str]) -> str:
+    return "".join(f"    {argument},\n" for argument in arguments)
+
+
+def _absent_parts(pipeline: Path) -> list[str]:
+    """Encoders and tokenizers that a local pipeline was saved without.
+
+    diffusers refuses to load such a folder unless each is passed as ``None``.
+    """
+    index = pipeline / "model_index.json"
+    if not index.is_file():
+        return []
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    encoders = ("text_encoder", "tokenizer")
+    return [
+        name for name, source in parts.items() if _is_absent(source) and name.startswith(encoders)
+    ]
+
+
+def _is_absent(source: Any) -> bool:
+    return source == [None, None]
 
 
 def _sampling(backend: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-PAPER, INK, MUTED = "#ffffff", "#111827", "#6b7280"
+# Not white: images with a white background keep their edges.
+PAPER, INK, MUTED = "#e9edf2", "#111827", "#6b7280"
 MARGIN, GAP = 16, 6
 CAPTION_SIZE, TITLE_SIZE = 20, 26
 ELLIPSIS = "\u2026"

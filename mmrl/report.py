@@ -56,12 +56,22 @@ PANELS = (
         "How far the policy has moved; a run-away curve means over-optimisation.",
         ("kl_reference", "kl_ema", "approx_kl"),
     ),
+    Panel(
+        "Velocity norm",
+        "Mean square of the prediction over that of the reference; growth is over-optimisation.",
+        ("velocity_norm_ratio",),
+    ),
     Panel("Loss", "Its level means little: advantages are centred.", ("loss",)),
     Panel("Gradient norm", "Before clipping, logarithmic.", ("grad_norm",), log_scale=True),
     Panel(
         "Groups without a signal",
         "Share of prompts whose samples all earned the same reward.",
         ("frac_reward_zero_std",),
+    ),
+    Panel(
+        "Lost work",
+        "Samples without a usable reward and skipped updates: both should stay at 0.",
+        ("invalid_samples", "bad_updates"),
     ),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel(

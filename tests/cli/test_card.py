@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 
 import pytest
 import yaml
@@ -15,11 +16,12 @@ def with_backend(**changes):
     return CONFIG | {"backend": CONFIG["backend"] | changes}
 
 
-def call(source: str) -> dict[str, object]:
-    """Keyword arguments of the pipeline call, evaluated."""
+def call(source: str, function: str = "pipe", owner: str = "") -> dict[str | None, str]:
+    """Keyword arguments of the one call of ``function``, as source text."""
+    name = f"{owner}.{function}" if owner else function
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    (found,) = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "pipe"]
-    return {k.arg: eval(ast.unparse(k.value)) for k in found.keywords}
+    (found,) = [node for node in calls if ast.unparse(node.func) == name]
+    return {k.arg: ast.unparse(k.value) for k in found.keywords}
 
 
 def test_front_matter(run):
@@ -67,11 +69,11 @@ def test_usage_of_an_adapter():
     assert "load_lora_weights" in source
     assert "torch.float32" in source
     assert call(source) == {
-        "prompt": "a prompt",
-        "num_inference_steps": 5,
-        "guidance_scale": 1.0,
-        "height": 32,
-        "width": 64,
+        "prompt": "'a prompt'",
+        "num_inference_steps": "5",
+        "guidance_scale": "1.0",
+        "height": "32",
+        "width": "64",
     }
 
 
@@ -82,17 +84,37 @@ def test_usage_of_a_whole_model():
     assert 'SD3Transformer2DModel.from_pretrained("transformer"' in source
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_usage_names_the_parts_that_the_base_model_lacks(tmp_path, lora):
+    parts = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "image_encoder": [None, None],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": [None, None],
+        "tokenizer_3": [None, None],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(parts))
+    source = usage(with_backend(model={"path": str(tmp_path), "lora": lora}))
+    assert call(source, "from_pretrained", "StableDiffusion3Pipeline").keys() >= {
+        "text_encoder_3",
+        "tokenizer_3",
+    }
+    assert "text_encoder=None" not in source
+    assert "image_encoder" not in source
+
+
 def test_usage_samples_as_the_evaluation_did():
     evaluation = {"num_steps": 40, "guidance": 2.5, "scheduler": None}
     arguments = call(usage(with_backend(evaluation=evaluation)))
-    assert (arguments["num_inference_steps"], arguments["guidance_scale"]) == (40, 2.5)
+    assert (arguments["num_inference_steps"], arguments["guidance_scale"]) == ("40", "2.5")
 
 
 @pytest.mark.parametrize(
     ("grid", "sigmas"), [("diffusers_default", None), ("linspace_shifted", [1, 0.75, 0.5, 0.25])]
 )
 def test_usage_visits_the_same_noise_levels(grid, sigmas):
-    assert call(usage(with_backend(rollout={"num_steps": 4, "grid": grid}))).get("sigmas") == sigmas
+    found = call(usage(with_backend(rollout={"num_steps": 4, "grid": grid}))).get("sigmas")
+    assert (found and eval(found)) == sigmas
 
 
 def test_the_pipeline_shifts_these_levels_to_those_of_the_run():
@@ -102,6 +124,6 @@ def test_the_pipeline_shifts_these_levels_to_those_of_the_run():
 
     source = usage(with_backend(rollout={"num_steps": 10, "grid": "linspace_shifted"}))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(sigmas=call(source)["sigmas"])
+    scheduler.set_timesteps(sigmas=eval(call(source)["sigmas"]))
     expected = sigma_grid("linspace_shifted", 10, 3.0).tolist()
     assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
