@@ -336,7 +336,9 @@ def build(
     dtype = DTYPES[config.model.dtype]
     attention = pick_attention(config.model.attention, device, dtype)
     family_module = resolve("models", config.model.family)
-    family = family_module.load(folder, dtype, device)
+    # Trained parameters must not pass through half precision on their way from the file.
+    transformer_dtype = torch.float32 if config.model.lora is None else dtype
+    family = family_module.load(folder, dtype, transformer_dtype, device)
     conditions = _encode(family, prompts, config)
     family.release_encoders()
     prepare_weights(family.transformer, config.model, family_module.LORA_TARGETS, seed)

@@ -16,11 +16,8 @@ PAPER = "Esser et al. 2024, arXiv:2403.03206"
 LICENCE = "Stability AI Community License (the released weights)"
 
 LORA_TARGETS = tuple(
-    f"attn.{name}"
-    for name in (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    "attn." + name
+    for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 )
 ENCODE_BATCH = 32
 
@@ -28,8 +25,10 @@ ENCODE_BATCH = 32
 class SD3:
     """The parts of a ``StableDiffusion3Pipeline`` that training uses."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        """Load everything in ``dtype``; ``UserError`` if diffusers cannot read the folder."""
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Load onto ``device``; ``UserError`` if diffusers cannot read the folder."""
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
             StableDiffusion3Pipeline,
         )
@@ -38,11 +37,14 @@ class SD3:
         index = read_json(folder, "model_index.json")
         absent = {name: None for name, source in index.items() if source == [None, None]}
         try:
-            pipeline = StableDiffusion3Pipeline.from_pretrained(str(folder), dtype=dtype, **absent)
+            dtypes = {"default": dtype, "transformer": transformer_dtype}
+            pipeline = StableDiffusion3Pipeline.from_pretrained(str(folder), dtype=dtypes, **absent)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"model.path: cannot load a pipeline from {folder}: {error}") from error
-        if pipeline.transformer.dtype != dtype:  # older diffusers calls the argument torch_dtype
-            pipeline.to(dtype)
+        for name, part in pipeline.components.items():  # older diffusers ignored the argument
+            wanted = dtypes.get(name, dtype)
+            if isinstance(part, nn.Module) and part.dtype != wanted:
+                part.to(wanted)
         self._pipeline: Any = pipeline.to(device)
         self.transformer: Any = pipeline.transformer
         self._vae = pipeline.vae.requires_grad_(False).eval()
@@ -102,9 +104,7 @@ class SD3:
         return self._pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> SD3:
-    """The family's parts from a pipeline folder; see ``SD3``."""
-    return SD3(folder, dtype, device)
+load = SD3
 
 
 def save_lora(folder: Path, state: dict[str, Any], lora: dict[str, Any]) -> None:
@@ -145,8 +145,8 @@ def latent_shape(
     """[C, h, w] of the latents of an image of ``height`` x ``width`` pixels (null: default)."""
     sizes = {"height": height, "width": width}
     pixels = {name: size or config["sample_size"] * scale for name, size in sizes.items()}
-    step, limit = scale * config["patch_size"], scale * config["patch_size"]
-    limit *= config["pos_embed_max_size"]
+    step = scale * config["patch_size"]
+    limit = step * config["pos_embed_max_size"]
     for name, size in pixels.items():
         if size % step or size > limit:
             raise UserError(

@@ -516,6 +516,12 @@ def test_precisions(make, dtype, lora):
     assert frozen == ({stored} if lora else set())
 
 
+def test_full_fine_tuning_starts_from_the_unrounded_weights(make):
+    exact = make(lora=None).model.state_dict()
+    found = make(lora=None, dtype="bf16").model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in exact.items())
+
+
 def test_swapped_weights_do_not_leak_through_the_autocast_cache(make):
     backend = make(dtype="bf16", lora=None)
     batch = make_batch(backend, list(backend.rollout(make_requests())))

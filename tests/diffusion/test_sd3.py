@@ -179,7 +179,7 @@ def test_a_broken_pipeline_is_named(tmp_path, pipeline_folder):
     with pytest.raises(UserError, match=r"transformer/config\.json"):
         sd3.parameter_count(tmp_path)
     with pytest.raises(UserError, match="cannot load a pipeline from"):
-        sd3.load(tmp_path, torch.float32, CPU)
+        sd3.load(tmp_path, torch.float32, torch.float32, CPU)
 
 
 def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch):
