@@ -97,7 +97,7 @@ def save(
 def load(folder: Path, accelerator: Accelerator, trained: Trained) -> tuple[Progress, dict]:
     """Restore everything; returns the progress and the auxiliary tensors."""
     verify(folder)
-    weights = load_file(folder / "weights.safetensors")
+    weights: dict[str, Any] = load_file(folder / "weights.safetensors")
     set_model_state_dict(trained.model, weights, options=_OPTIONS)
     moments = torch.load(folder / "optimizer.pt", weights_only=True)
     set_optimizer_state_dict(trained.model, trained.optimizer, moments, options=_OPTIONS)

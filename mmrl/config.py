@@ -82,8 +82,8 @@ class TrainingConfig(StrictModel):
     aggregation: Aggregation = Field(
         default="decision_mean", description="how losses of decisions become one number"
     )
-    horizon: float | None = Field(
-        default=None, gt=0, description="divisor of aggregation sample_sum_over_horizon"
+    horizon: int | None = Field(
+        default=None, ge=1, description="divisor of aggregation sample_sum_over_horizon"
     )
     max_bad_updates: int = Field(
         default=5, ge=1, description="consecutive non-finite gradients before the run aborts"

@@ -82,8 +82,9 @@ class Trainer:
         groups, rollout_time = _timed(lambda: roll_out(self, requests))
         collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
         scores = assemble(collected)
+        refuse_unscored(scores)
         advantages = self._advantages(scores)
-        means, rate = Means(), self.scheduler.get_last_lr()[0]
+        means, rate = Means(), float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(step)
@@ -353,6 +354,18 @@ def assemble(collected: Sequence[GroupScores]) -> Scores:
         valid=torch.cat([scores.valid for scores in collected]),
         group=torch.repeat_interleave(torch.arange(len(collected)), sizes),
         by_name={name: torch.cat([scores.by_name[name] for scores in collected]) for name in names},
+    )
+
+
+def refuse_unscored(scores: Scores) -> None:
+    """``UserError`` if no sample of the step has a usable reward: nothing could be learned."""
+    if bool(scores.valid.any()):
+        return
+    counts = {name: int(torch.isnan(raw).sum()) for name, raw in scores.by_name.items()}
+    missing = ", ".join(f"{name!r} for {count}" for name, count in counts.items())
+    raise UserError(
+        f"rewards: none of the {len(scores.valid)} samples of a step got a reward; no value "
+        f"(NaN) from {missing}; does the prompts file have the columns they read?"
     )
 
 
