@@ -135,8 +135,7 @@ def training_curves(metrics: Sequence[Row]) -> dict[str, tuple[list[int], list[f
         for key, value in row.items():
             # The log writes a value that is not finite as null: a gap in the curve.
             if key != "step" and not key.startswith(EVAL) and (value is None or _is_number(value)):
-                number = float(value) if is_finite(value) else math.nan
-                curves.setdefault(key, {})[int(row["step"])] = number
+                curves.setdefault(key, {})[int(row["step"])] = _finite_or_nan(value)
     return {
         key: (sorted(points), [points[step] for step in sorted(points)])
         for key, points in sorted(curves.items())
@@ -159,6 +158,10 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[str(key)] = value
     return flat
+
+
+def _finite_or_nan(value: Any) -> float:
+    return float(value) if is_finite(value) else math.nan
 
 
 def _is_number(value: Any) -> bool:
