@@ -9,7 +9,7 @@ import torch
 
 from diffusion.config import DTYPES, Config
 from diffusion.lora import add_lora
-from diffusion.models.base import locate
+from diffusion.models.base import locate, vae_scale_factor
 from diffusion.weights import trainable
 from mmrl.resolve import resolve
 
@@ -37,7 +37,7 @@ def outline(config: Config) -> Outline:
     family = resolve("models", config.model.family)
     network = family.meta_transformer(folder)
     total = sum(parameter.numel() for parameter in network.parameters())
-    scale = family.vae_scale_factor(folder)
+    scale = vae_scale_factor(folder)
     rollout = config.rollout
     latents = family.latent_shape(network.config, scale, rollout.height, rollout.width)
     if config.model.lora is not None:

@@ -60,6 +60,11 @@ def read_json(folder: Path, *parts: str) -> dict[str, Any]:
         raise UserError(f"model.path: cannot read {file}: {error}") from error
 
 
+def vae_scale_factor(folder: Path) -> int:
+    """Pixels for each latent, from the autoencoder's configuration."""
+    return 2 ** (len(read_json(folder, "vae", "config.json")["block_out_channels"]) - 1)
+
+
 def _is_hub_id(path: str) -> bool:
     # assets/x looks like an id as well; where the first part is a folder, the path was meant.
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.exists()

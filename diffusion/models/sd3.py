@@ -29,9 +29,7 @@ class SD3:
         self, folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype, device: torch.device
     ) -> None:
         """Load onto ``device``; ``UserError`` if diffusers cannot read the folder."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-            StableDiffusion3Pipeline,
-        )
+        from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
         # diffusers wants to be told again about parts that the index itself says are absent.
         index = read_json(folder, "model_index.json")
@@ -112,9 +110,7 @@ def save_lora(folder: Path, state: dict[str, Any], lora: dict[str, Any]) -> None
 
     ``lora``: the peft configuration; without it in the file the reader would take alpha = rank.
     """
-    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
     StableDiffusion3Pipeline.save_lora_weights(
         str(folder), transformer_lora_layers=state, transformer_lora_adapter_metadata=lora
@@ -132,11 +128,6 @@ def meta_transformer(folder: Path) -> Any:
 def parameter_count(folder: Path) -> int:
     """Parameters of the transformer; loads no weights."""
     return sum(parameter.numel() for parameter in meta_transformer(folder).parameters())
-
-
-def vae_scale_factor(folder: Path) -> int:
-    """Pixels for each latent, from the autoencoder's configuration."""
-    return 2 ** (len(read_json(folder, "vae", "config.json")["block_out_channels"]) - 1)
 
 
 def latent_shape(
