@@ -29,9 +29,7 @@ def manifest() -> dict:
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusion3Pipeline:
     # diffusers wants the absent T5 parts named even though model_index.json holds nulls.
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        FOLDER, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-    )
+    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -83,6 +81,8 @@ def test_component_classes(pipe):
     assert pipe.text_encoder_3 is None and pipe.tokenizer_3 is None
     assert pipe.scheduler.config.shift == 3.0
     assert 1e6 <= sum(p.numel() for p in pipe.transformer.parameters()) <= 3e6
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        assert part.dtype == torch.float32
     for name in ("tokenizer", "tokenizer_2"):
         assert (FOLDER / name / "vocab.json").exists()
         assert (FOLDER / name / "merges.txt").exists()
@@ -148,5 +148,6 @@ def test_build_script_splits_the_shipped_prompts(manifest, monkeypatch):
     monkeypatch.syspath_prepend(str(ASSETS))
     build = pytest.importorskip("build_tiny_sd3", reason="the build script needs rapidocr")
     train, held, unseen = build.split_prompts(manifest["seed"])
-    assert train == rows("ocr-train.jsonl") and held == rows("ocr-eval.jsonl")
+    assert build.tuning_prompts(train, manifest["seed"]) == rows("ocr-train.jsonl")
+    assert held == rows("ocr-eval.jsonl")
     assert unseen == manifest["held_out"]["numbers_never_trained"]
