@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
-from mmrl.resolve import nearest, resolve
-from mmrl.schema import StrictModel
+from mmrl.resolve import resolve
+from mmrl.schema import StrictModel, nearest, validate
 from mmrl.types import RolloutGroup, UserError, require
 
 Reward = Callable[..., Any]
@@ -91,24 +91,14 @@ def _parse_spec(entry: Mapping[str, Any], where: str) -> RewardSpec:
     for key in entry:
         if key not in allowed:
             raise UserError(f"{where}.{key}: unknown key; {nearest(str(key), allowed)}")
-    try:
-        config = config_type(**implied, **{k: entry[k] for k in own_keys if k in entry})
-        common = {key: entry[key] for key in COMMON_KEYS if key in entry}
-        return RewardSpec(**{"label": name, **common, "config": config})
-    except ValidationError as error:
-        raise UserError(_explained(error, where)) from error
+    own = {key: entry[key] for key in own_keys if key in entry}
+    common = {key: entry[key] for key in COMMON_KEYS if key in entry}
+    config = validate(config_type, implied | own, where)
+    return validate(RewardSpec, {"label": name, **common, "config": config}, where)
 
 
 def _module(name: str) -> ModuleType:
     return resolve("rewards", "python" if "." in name else name)
-
-
-def _explained(error: ValidationError, where: str) -> str:
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        lines.append(f"{where}.{key}: {problem['msg']}, not {problem['input']!r}")
-    return "\n".join(lines)
 
 
 # --- what comes out -----------------------------------------------------------------------------
