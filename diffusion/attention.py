@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value), each [B, heads, tokens, head size] -> the same shape."""

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
 from diffusion.schedule import Grid, Scheduler
+from mmrl.errors import UserError
 from mmrl.schema import StrictModel
-from mmrl.types import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 TimeSampler = Literal[

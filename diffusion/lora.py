@@ -12,7 +12,7 @@ from torch import nn
 from diffusion.config import LoraConfig, ModelConfig
 from diffusion.noise import generator
 from diffusion.weights import trainable
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 ADAPTER = "default"
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from mmrl.errors import UserError
 from mmrl.run_folder import CONFIG, Change, before_after, read_run
-from mmrl.types import UserError
 
 if TYPE_CHECKING:
     from mmrl.config import RunConfig

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, PlainSerializer
 
+from mmrl.errors import UserError
 from mmrl.reduction import Aggregation
 from mmrl.resolve import backend_module, resolve
 from mmrl.schema import StrictModel, validate
-from mmrl.types import UserError
 from rewards.combine import RewardSpec, parse_specs
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 Item = TypeVar("Item")
 

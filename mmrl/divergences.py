@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmrl.types import require
+from mmrl.errors import require
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 nats before ``exp``, so that no ratio overflows float32.

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from mmrl.config import RunConfig
+from mmrl.errors import UserError
 from mmrl.prompts.dataset import load_prompts
 from mmrl.resolve import backend_module
-from mmrl.types import Prompt, UserError
+from mmrl.types import Prompt
 
 # Largest |log ratio| of unchanged weights: zero in exact arithmetic.  In half precision two kernels
 # (with and without gradients) may round a log-probability of order 1 differently in the last bits.

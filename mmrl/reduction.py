@@ -18,8 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mmrl.errors import UserError, require
 from mmrl.schema import nearest
-from mmrl.types import UserError, require
 
 Aggregation = Literal[
     "decision_mean",

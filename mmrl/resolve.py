@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mmrl.errors import UserError
 from mmrl.schema import nearest
-from mmrl.types import UserError
 
 KINDS: dict[str, str] = {
     "objectives": "mmrl.objectives",
@@ -82,7 +82,7 @@ class Entry:
 def entries(kind: str) -> list[Entry]:
     """Name, first docstring line and ``PAPER`` of every part, read from source, not imported."""
     if kind == "backends":
-        return [Entry(name, f"package {path}", "") for name, path in sorted(BACKENDS.items())]
+        return [_entry(_package(BACKENDS[name]) / "backend.py", name) for name in names(kind)]
     return [_entry(_folder(kind) / f"{name}.py", name) for name in names(kind)]
 
 
@@ -102,9 +102,14 @@ def _strings(tree: ast.Module, variable: str):
 def _folder(kind: str) -> Path:
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}: {nearest(kind, [*sorted(KINDS), 'backends'])}")
-    spec = importlib.util.find_spec(KINDS[kind])
-    assert spec is not None, f"{KINDS[kind]} cannot be imported"
-    assert spec.submodule_search_locations, f"{KINDS[kind]} is not a package"
+    return _package(KINDS[kind])
+
+
+def _package(name: str) -> Path:
+    """Folder of a package, which this does not import."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} cannot be imported"
+    assert spec.submodule_search_locations, f"{name} is not a package"
     return Path(spec.submodule_search_locations[0])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 LOG = logging.getLogger(__name__)
 EVAL = "eval/"

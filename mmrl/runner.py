@@ -31,6 +31,7 @@ from mmrl import checkpoint, preflight
 from mmrl.backend import Backend
 from mmrl.config import RunConfig, parse, read_yaml
 from mmrl.distributed import any_process, make_accelerator
+from mmrl.errors import UserError
 from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
 from mmrl.metrics import MetricsFile
 from mmrl.progress import Display, make_display
@@ -38,7 +39,7 @@ from mmrl.prompts.dataset import content_id
 from mmrl.resolve import backend_module
 from mmrl.run_folder import flatten
 from mmrl.trainer import Trainer, make_requests, needs_of
-from mmrl.types import Prompt, UserError
+from mmrl.types import Prompt
 from rewards.combine import Scorer
 
 PACKAGES = (

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 
 class StrictModel(BaseModel):

@@ -27,6 +27,7 @@ from mmrl.distributed import (
     owner,
     sum_over_processes,
 )
+from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.preflight import refuse_gap
 from mmrl.types import (
@@ -36,7 +37,6 @@ from mmrl.types import (
     RolloutRequest,
     Scores,
     UpdateBatch,
-    UserError,
 )
 from rewards.combine import GroupScores, Scorer
 

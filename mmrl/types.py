@@ -15,15 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """Something the user can put right. The CLI prints it without a traceback and exits with 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ``ValueError(message)`` unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(message)
+from mmrl.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)

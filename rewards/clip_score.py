@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmrl.errors import UserError
 from mmrl.schema import StrictModel, nearest
-from mmrl.types import UserError
 
 PAPER = "Hessel et al. 2021, arXiv:2104.08718"
 

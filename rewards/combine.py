@@ -21,9 +21,10 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
+from mmrl.errors import UserError, require
 from mmrl.resolve import resolve
 from mmrl.schema import StrictModel, nearest, validate
-from mmrl.types import RolloutGroup, UserError, require
+from mmrl.types import RolloutGroup
 
 Reward = Callable[..., Any]
 

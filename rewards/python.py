@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import Field
 
+from mmrl.errors import UserError
 from mmrl.resolve import callable_at
 from mmrl.schema import StrictModel
-from mmrl.types import UserError
 
 PAPER = ""
 

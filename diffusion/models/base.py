@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.models.base import Condition, read_json
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 PAPER = "Esser et al. 2024, arXiv:2403.03206"
 LICENCE = "Stability AI Community License (the released weights)"

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmrl.types import Prompt, UserError
+from mmrl.errors import UserError
+from mmrl.types import Prompt
 
 
 def load_prompts(path: Path, key: str) -> list[Prompt]:

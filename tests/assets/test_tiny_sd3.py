@@ -78,7 +78,8 @@ def test_component_classes(pipe):
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
     assert isinstance(pipe.text_encoder, CLIPTextModelWithProjection)
     assert isinstance(pipe.text_encoder_2, CLIPTextModelWithProjection)
-    assert pipe.text_encoder_3 is None and pipe.tokenizer_3 is None
+    assert pipe.text_encoder_3 is None
+    assert pipe.tokenizer_3 is None
     assert pipe.scheduler.config.shift == 3.0
     assert 1e6 <= sum(p.numel() for p in pipe.transformer.parameters()) <= 3e6
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -90,12 +91,14 @@ def test_component_classes(pipe):
 
 def test_prompts_train_and_evaluation_are_disjoint(manifest):
     train, held = rows("ocr-train.jsonl"), rows("ocr-eval.jsonl")
-    assert len(held) >= 64 and len(train) >= 200
+    assert len(held) >= 64
+    assert len(train) >= 200
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held}
     assert len({r["prompt"] for r in train + held}) == len(train) + len(held)
     assert all(r["prompt"].split('"')[1] == r["text"] for r in train + held)
     unseen = set(manifest["held_out"]["numbers_never_trained"])
-    assert unseen and not unseen & {r["text"] for r in train}
+    assert unseen
+    assert not unseen & {r["text"] for r in train}
     assert unseen <= {r["text"] for r in held}
 
 

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import mmrl.runner
 from mmrl import cli
+from mmrl.errors import UserError
 from mmrl.resolve import KINDS
 from mmrl.schema import StrictModel
-from mmrl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")

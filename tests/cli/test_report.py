@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from synthetic_run import CONFIG, METRICS
 
+from mmrl.errors import UserError
 from mmrl.report import (
     comparison_rows,
     duration,
@@ -21,7 +22,6 @@ from mmrl.report import (
     write_report,
 )
 from mmrl.run_folder import read_run
-from mmrl.types import UserError
 
 VOID = {"meta", "img"}
 

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from mmrl.errors import UserError
 from mmrl.run_folder import (
     Change,
     before_after,
@@ -17,7 +18,6 @@ from mmrl.run_folder import (
     read_run,
     training_curves,
 )
-from mmrl.types import UserError
 
 
 def test_a_whole_run_is_read(run):

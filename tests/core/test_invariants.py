@@ -9,9 +9,10 @@ import torch
 from core_oracles import AGGREGATIONS, batch_of, close, float64, random_case, reduced
 
 from mmrl import divergences, reduction
+from mmrl.errors import UserError
 from mmrl.objectives import grpo, reinforce
 from mmrl.regularisers import kl_ema, kl_reference
-from mmrl.types import PolicyTerms, UserError
+from mmrl.types import PolicyTerms
 
 OBJECTIVES = {
     "decision": (grpo, grpo.Config(clip_low=0.1, clip_high=0.3)),

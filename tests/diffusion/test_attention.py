@@ -14,7 +14,7 @@ from diffusion.attention import (
     pick_attention,
     sdpa,
 )
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 CPU = torch.device("cpu")
 

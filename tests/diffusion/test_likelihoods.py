@@ -21,7 +21,7 @@ from diffusion.likelihoods import (
     weighted_error,
 )
 from diffusion.schedule import sigma_grid
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 FLOOR = 1e-10
 WEIGHTINGS = {

@@ -15,7 +15,7 @@ from diffusion.models import sd3
 from diffusion.models.base import locate
 from diffusion.noise import NoiseKey, normal
 from diffusion.weights import trainable
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 CPU = torch.device("cpu")
 

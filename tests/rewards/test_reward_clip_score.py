@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 from rewards import clip_score
 from rewards.clip_score import Config, build, located
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 from rewards import python
 
 pytestmark = pytest.mark.usefixtures("users_module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 from rewards.combine import Scorer, parse_specs
 
 NAN = math.nan

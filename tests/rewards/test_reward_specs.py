@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 from rewards.combine import parse_specs
 
 DOTTED = "os.path.join"

@@ -114,7 +114,13 @@ def test_a_hanging_reward_makes_its_samples_invalid_and_is_counted(tmp_path):
 def test_check_prints_the_arithmetic(tmp_path):
     result = run_cli(tmp_path, command="check")
     assert result.exit_code == 0
-    for part in ("20 = 4 prompts x 5", "5 per optimizer step", "6 = 6 steps x 1", "120", "12 samples"):
+    for part in (
+        "20 = 4 prompts x 5",
+        "5 per optimizer step",
+        "6 = 6 steps x 1",
+        "120",
+        "12 samples",
+    ):
         assert part in result.output
 
 

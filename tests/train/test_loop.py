@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy.run import column, weights_of
 
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 
 def test_learns(toy):

@@ -15,7 +15,7 @@ import yaml
 from toy.run import metrics_of, toy_config, weights_of
 
 from mmrl import checkpoint
-from mmrl.types import UserError
+from mmrl.errors import UserError
 
 HERE = Path(__file__).parent
 MANY_UPDATES = ("training.updates_per_epoch=2", "training.num_epochs=2")
