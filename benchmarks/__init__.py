@@ -1,0 +1,1 @@
+"""Measurements, one question a script: run them as ``python -m benchmarks.NAME``."""

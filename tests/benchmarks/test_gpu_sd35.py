@@ -1,0 +1,87 @@
+"""The GPU benchmark at toy size on the CPU, and what it counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_sd35
+from benchmarks.gpu_sd35 import MEDIUM, TOY, Measured, Variant, Work
+from benchmarks.rates import count_flops, matmul_rate
+
+TINY = ["--tiny", "--device", "cpu", "--rollout-images", "2", "--update-images", "2",
+        "--repeats", "1"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "variants"), [(None, 2), ("eager", 4)])
+def test_toy_run_measures_every_variant(backend, variants, tmp_path, capsys):
+    chosen = [] if backend is None else ["--compile-backend", backend]
+    assert gpu_sd35.main([*TINY, "--out", str(tmp_path), *chosen]) == 0
+    (found,) = tmp_path.glob("*-gpu-sd35.json")
+    data = json.loads(found.read_text())
+    assert len(data["variants"]) == variants
+    assert all(v["rollout"] > 0 and v["update"] > 0 for v in data["variants"])
+    assert {v["variant"]["checkpointing"] for v in data["variants"]} == {True, False}
+    assert data["flops_per_image"]["update"] > data["flops_per_image"]["rollout"] > 0
+    assert "numbers mean nothing" in found.with_suffix(".md").read_text()
+    assert "rollout s/image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cpu"], [*TINY, "--attention", "spda"],
+                                       [*TINY, "--attention", "flash"]])  # fmt: skip
+def test_refusals_are_one_line(arguments, tmp_path, capsys):
+    assert gpu_sd35.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_it_refuses(capsys):
+    assert gpu_sd35.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_medium_has_the_published_size():
+    network = gpu_sd35.random_transformer(MEDIUM, torch.bfloat16, torch.device("meta"))
+    # The checkpoint has 2,243,171,520 parameters; its position table is a buffer.
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(2.243e9, rel=0.01)
+    family = gpu_sd35.PipelinelessSD3(network, torch.device("meta"))
+    assert family.latent_shape(MEDIUM.pixels, MEDIUM.pixels) == (16, 64, 64)
+
+
+def test_update_moves_the_adapter_on_cpu():
+    run = gpu_sd35.load_recipe(TOY, Variant(), 2, 2)
+    device = torch.device("cpu")
+    backend = gpu_sd35.build_backend(run, TOY, Variant(), device)
+    group = next(backend.rollout(gpu_sd35.make_requests([gpu_sd35.prompt()], 2, 0, 0)))
+    batch = gpu_sd35.update_batch(backend, group, 3, device)
+    trained = {n: p for n, p in backend.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    gpu_sd35.update(run, backend, torch.optim.AdamW(trained.values(), lr=0.1), batch)
+    assert batch.advantages.tolist() == [1.0, -1.0, 1.0]
+    assert any(not torch.equal(before[name], p) for name, p in trained.items())
+
+
+def test_shares_are_work_over_time_and_rate():
+    measured = Measured(variant=Variant(), rollout=2.0, update=4.0)
+    assert gpu_sd35._shares(measured, Work(rollout=100, update=300), 1000.0) == ["0.050", "0.075"]
+    assert gpu_sd35._shares(measured, Work(rollout=100, update=300), None) == ["-", "-"]
+
+
+def test_peak_rates_are_found_by_name():
+    assert gpu_sd35.peak_rate("NVIDIA H200") == 989e12
+    assert gpu_sd35.peak_rate("NVIDIA A100-SXM4-80GB") == 312e12
+    assert gpu_sd35.peak_rate("NVIDIA H100 PCIe") is None
+    assert gpu_sd35.peak_rate(None) is None
+
+
+def test_counts_the_textbook_number_of_operations():
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+    assert count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
+
+
+def test_matmul_rate_is_positive_and_finite():
+    rate = matmul_rate((32, 32, 32), torch.float32, torch.device("cpu"), min_seconds=0.01)
+    assert 0 < rate < 1e18
