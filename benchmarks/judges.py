@@ -36,10 +36,10 @@ class DdddOcr:
 
     def __init__(self) -> None:
         """``ImportError`` unless the extra ``benchmark`` is installed."""
-        import ddddocr
+        import ddddocr  # pyright: ignore[reportMissingImports] - optional
 
-        # Of its two recognition models the newer one reads a sign about as well and faster.
-        self._engine: Any = ddddocr.DdddOcr(show_ad=False, beta=True)
+        # Its default model; the one called beta reads some zeros as the letter O.
+        self._engine: Any = ddddocr.DdddOcr(show_ad=False)
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """See ``Judge``."""

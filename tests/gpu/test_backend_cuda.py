@@ -16,6 +16,7 @@ from benchmarks.gpu_sd35 import (
     update_batch,
 )
 from diffusion.attention import available_backends
+from mmrl.preflight import refuse_gap
 from mmrl.trainer import make_requests
 
 pytestmark = pytest.mark.gpu
@@ -62,14 +63,23 @@ def test_a_kernel_that_ignored_the_text_would_be_noticed(device):
     assert not torch.equal(changed, expected)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_ratio_is_exactly_one_without_an_update(device, dtype):
+def replayed_gap(device, dtype):
+    """Log-ratio of samples asked about twice, first without and then with gradients."""
     backend = made(device, dtype=dtype)
     batch = update_batch(backend, rolled_out(backend), GROUP, device)
     with torch.no_grad():
         before = backend.evaluate(batch, LOGP).logp
-    again = backend.evaluate(batch, LOGP).logp
-    assert torch.equal((again - before).exp(), torch.ones_like(again))
+    return backend.evaluate(batch, LOGP).logp.detach() - before
+
+
+def test_ratio_is_exactly_one_without_an_update(device):
+    gap = replayed_gap(device, "fp32")
+    assert torch.equal(gap.exp(), torch.ones_like(gap))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_replays_within_the_budget_of_the_preflight(device, dtype):
+    refuse_gap(replayed_gap(device, dtype), dtype)
 
 
 def test_the_same_noise_and_nearly_the_same_latents_as_on_cpu(device):

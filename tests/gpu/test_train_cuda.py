@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ SMALL = (
 
 def small(folder, *overrides):
     output = f"output_dir={folder}/run"
-    return load("configs/quickstart.yaml", [*SMALL, output, *overrides])
+    return load(Path("configs/quickstart.yaml"), [*SMALL, output, *overrides])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
