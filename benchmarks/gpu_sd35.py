@@ -1,6 +1,6 @@
 """Speed, memory and share of peak of AWM on a network of the size of Stable Diffusion 3.5 Medium.
 
-    python -m benchmarks.gpu_sd35 [--attention sdpa xformers flash] [--compile-backend inductor]
+    python -m benchmarks.gpu_sd35 [--attention sdpa xformers flash] [--compile-backend none]
 
 The weights are random, so no download is needed; everything else is the shipped recipe
 (configs/diffusion/sd35/awm-ocr.yaml) in bf16 and the backend that trains.  Text encoders and
@@ -156,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     size = TOY if options.tiny else MEDIUM
     try:
-        variants = all_variants(_working(options.attention, device), options.compile_backend)
+        compiled = None if options.compile_backend == "none" else options.compile_backend
+        variants = all_variants(_working(options.attention, device), compiled)
     except UserError as error:
         print(error)
         return 2
@@ -169,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     markdown = report(measured, work, floor, size, options, about)
     data = {
         "machine": about,
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {name: value for name, value in vars(options).items() if name != "out"},
         "flops_per_image": vars(work),
         "matmul_flops_per_second": floor,
         "peak_flops_per_second": peak_rate(about["accelerator"]),
@@ -460,7 +461,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--tiny", action="store_true", help="toy size, to try the script itself")
     add("--attention", nargs="+", help="kernels to measure; default: all that work here")
-    add("--compile-backend", help="also measure torch.compile with this backend, e.g. inductor")
+    add("--compile-backend", default="inductor", help="of torch.compile; none: do not compile")
     add("--rollout-images", type=int, default=6, help="images in one rollout forward")
     add("--update-images", type=int, default=3, help="images in one micro-batch")
     add("--repeats", type=int, default=3, help="measurements after one warm-up")

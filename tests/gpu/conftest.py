@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
