@@ -28,7 +28,7 @@ from diffusion.likelihoods import (
     velocity_error,
 )
 from diffusion.lora import ADAPTER, adapters_off, prepare_weights
-from diffusion.models.base import Condition, locate
+from diffusion.models.base import Condition, locate, quiet_libraries
 from diffusion.noise import NoiseKey
 from diffusion.weights import (
     Snapshot,
@@ -86,6 +86,7 @@ class DiffusionBackend:
         """``conditions``: encoded prompts by prompt id; "" is the empty prompt of guidance."""
         self.config = config
         self.attention = attention
+        self.notes = (f"attention: {attention.name} ({attention.reason})",)
         self.model: nn.Module = family.transformer
         self.off_policy = config.likelihood.behaviour == "ema"
         self._bare: Any = family.transformer
@@ -112,7 +113,7 @@ class DiffusionBackend:
 
     def collate(self, rows: Sequence[tuple[RolloutGroup, int]]) -> tuple[FlowBatch, Tensor]:
         """Payload and an all-true mask [B, K]."""
-        times = torch.stack([self._times(group.request) for group, _ in rows])
+        times = torch.stack([self._times(_key(group.request, index)) for group, index in rows])
         payload = FlowBatch(
             x0=torch.stack([group.payload.x0[index] for group, index in rows]),
             times=times,
@@ -257,14 +258,18 @@ class DiffusionBackend:
 
     # Likelihood
 
-    def _times(self, request: RolloutRequest) -> Tensor:
-        """Noise levels [K] of every sample of a request."""
+    def _times(self, key: NoiseKey) -> Tensor:
+        """Noise levels [K] of a sample, the same for all that share them."""
         likelihood, rollout = self.config.likelihood, self.config.rollout
-        group = [request.prompt.id] if likelihood.times_shared_by == "group" else []
+        scope: dict[str, list[str | int]] = {
+            "step": [],
+            "group": [key.prompt_id],
+            "sample": [key.prompt_id, key.sample],
+        }
         grid = schedule.sigma_grid(rollout.grid, rollout.num_steps, rollout.shift)
         return draw_times(
             likelihood.time_sampler,
-            noise.generator(request.seed, request.stream, "times", *group),
+            noise.generator(key.seed, key.stream, "times", *scope[likelihood.times_shared_by]),
             likelihood.num_times,
             grid=grid[:-1].tolist(),
             fraction=likelihood.timestep_fraction,
@@ -332,6 +337,7 @@ def build(
     ``seed`` starts the adapter.  ``UserError`` for a missing model or an attention kernel that does
     not run on ``device``.
     """
+    quiet_libraries()
     folder = locate(config.model.path, weights=True)
     dtype = DTYPES[config.model.dtype]
     attention = pick_attention(config.model.attention, device, dtype)

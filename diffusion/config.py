@@ -220,9 +220,9 @@ class FlowMatchingConfig(StrictModel):
         gt=0,
         description="Continuous samplers: time shift.",
     )
-    times_shared_by: Literal["step", "group"] = Field(
+    times_shared_by: Literal["step", "group", "sample"] = Field(
         default="step",
-        description="Draw noise levels once for a whole step, or for each group.",
+        description="Draw noise levels once for a whole step, for each group or each sample.",
     )
     behaviour: Literal["current", "ema"] = Field(
         default="current",

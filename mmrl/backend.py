@@ -35,11 +35,13 @@ class Backend(Protocol):
     """Everything a backend offers.
 
     ``model``: the module to be wrapped by accelerate; the trainer assigns the wrapped one back.
-    ``off_policy``: samples come from another policy than the one being updated.
+    ``off_policy``: samples come from another policy than the one being updated.  ``notes``: lines
+    on how the backend was set up here, such as the attention kernel that was picked.
     """
 
     model: torch.nn.Module
     off_policy: bool
+    notes: Sequence[str]
 
     def rollout(
         self, requests: Sequence[RolloutRequest], *, evaluation: bool = False

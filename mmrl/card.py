@@ -28,7 +28,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained(
-{base}    torch_dtype=torch.{dtype},
+{base}    dtype=torch.{dtype},
 )
 pipe.load_lora_weights(".")  # this folder
 image = pipe(
@@ -39,10 +39,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 dtype = torch.{dtype}
-transformer = SD3Transformer2DModel.from_pretrained("transformer", torch_dtype=dtype)  # in here
+transformer = SD3Transformer2DModel.from_pretrained("transformer", dtype=dtype)  # in here
 pipe = StableDiffusion3Pipeline.from_pretrained(
 {base}    transformer=transformer,
-    torch_dtype=dtype,
+    dtype=dtype,
 )
 image = pipe(
 {call}).images[0]
@@ -116,6 +116,7 @@ def _sampling(backend: Mapping[str, Any]) -> dict[str, str]:
         "width": "width",
     }
     found = {key: rollout.get(ours) for key, ours in keys.items()}
+    found["max_sequence_length"] = backend.get("model", {}).get("max_sequence_length")
     arguments = {key: repr(value) for key, value in found.items() if value is not None}
     if rollout.get("grid") == "linspace_shifted" and rollout.get("num_steps"):
         # The pipeline's scheduler applies the shift to these itself.

@@ -38,14 +38,14 @@ def evaluate_held_out(
     section = config.evaluation
     requests = make_requests(prompts, section.samples_per_prompt, section.seed, EVALUATION_STREAM)
     shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
-    shown = []
+    shown, wanted = [], spread(len(requests), section.grid_prompts)
     with backend.averaged():
         rolled = backend.rollout([requests[s.index] for s in shares], evaluation=True)
         for share, group in zip(shares, rolled, strict=True):
             if share.padding:
                 continue
             scorer.submit(group)
-            if share.index < section.grid_prompts:
+            if share.index in wanted:
                 shown.append(group)
     scores = assemble(collect_scores(accelerator, scorer))
     everything = gather_items(accelerator, shown)
@@ -53,6 +53,12 @@ def evaluate_held_out(
         metrics={f"eval/{name}": _finite_mean(raw) for name, raw in scores.by_name.items()},
         shown=sorted(everything, key=lambda group: group.request.index),
     )
+
+
+def spread(count: int, wanted: int) -> frozenset[int]:
+    """Up to ``wanted`` indices below ``count``, evenly spread: files often sort by kind."""
+    wanted = min(count, wanted)
+    return frozenset(i * count // wanted for i in range(wanted))
 
 
 def _finite_mean(values: torch.Tensor) -> float:

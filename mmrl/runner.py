@@ -113,6 +113,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         display = stack.enter_context(make_display(config, session.main))
         interrupted = stack.enter_context(_interruptible())
         display.note(f"resuming after step {steps}" if start else f"run folder: {run}")
+        for note in session.backend.notes:
+            display.note(note)
         loop = Loop(session, trainer, metrics, display, interrupted)
         finished = loop.run()
         if finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,17 @@ def locate(path: str, *, weights: bool) -> Path:
             f"model.path = {path!r} is not a diffusers pipeline: it has no model_index.json"
         )
     return folder
+
+
+def quiet_libraries() -> None:
+    """No progress bar for each file, and no remark of xformers on how it was built."""
+    # diffusers imports xformers wherever it is installed; whether it works is tried, not read.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def read_json(folder: Path, *parts: str) -> dict[str, Any]:

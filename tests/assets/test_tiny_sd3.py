@@ -14,7 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 FOLDER = ASSETS / "tiny-sd3"
@@ -28,8 +28,7 @@ def manifest() -> dict:
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusion3Pipeline:
-    # diffusers wants the absent T5 parts named even though model_index.json holds nulls.
-    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None)
+    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -78,8 +77,7 @@ def test_component_classes(pipe):
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
     assert isinstance(pipe.text_encoder, CLIPTextModelWithProjection)
     assert isinstance(pipe.text_encoder_2, CLIPTextModelWithProjection)
-    assert pipe.text_encoder_3 is None
-    assert pipe.tokenizer_3 is None
+    assert isinstance(pipe.text_encoder_3, T5EncoderModel)
     assert pipe.scheduler.config.shift == 3.0
     assert 1e6 <= sum(p.numel() for p in pipe.transformer.parameters()) <= 3e6
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -130,6 +128,14 @@ def test_draws_an_image_and_a_default_size_works(pipe):
     assert (first == draw(pipe, height=32, width=64, num_inference_steps=4)).all()
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     assert draw(pipe, num_inference_steps=1).shape == (1, side, side, 3)
+
+
+def test_t5_is_silent_and_never_truncates(pipe):
+    prompts = [r["prompt"] for r in rows("ocr-train.jsonl") + rows("ocr-eval.jsonl")]
+    assert max(len(ids) for ids in pipe.tokenizer_3(prompts).input_ids) <= TEXT_LENGTH
+    embeddings = pipe._get_t5_prompt_embeds(prompts[:4], max_sequence_length=TEXT_LENGTH)
+    assert embeddings.shape == (4, TEXT_LENGTH, pipe.transformer.config.joint_attention_dim)
+    assert not embeddings.any()
 
 
 def test_build_script_computes_the_pipelines_text_embeddings(pipe, monkeypatch):

@@ -245,6 +245,13 @@ def test_times_of_a_group_may_be_its_own(make):
     assert len({tuple(row) for row in times[:, 0].tolist()}) > 1
 
 
+def test_times_of_a_sample_may_be_its_own(make):
+    backend = make(rollout={"num_steps": 14}, likelihood={"times_shared_by": "sample"})
+    groups = list(backend.rollout(make_requests(group_size=3, count=2)))
+    times = make_batch(backend, groups).payload.times
+    assert len({tuple(row) for row in times.tolist()}) > 3
+
+
 def test_another_step_has_other_times_and_noise(make):
     backend = make(rollout={"num_steps": 14})
     group = next(backend.rollout(make_requests()))

@@ -31,7 +31,11 @@ def parse(**sections):
         ("likelihood", {"num_times": 9}, r"num_times = 9.*'discrete_wo_init'.*at most 8"),
         ("likelihood", {"ghuber_power": 0.0}, r"ghuber_power\n.*greater than 0"),
         ("likelihood", {"ema": {"max_decay": 1.0}}, r"max_decay\n.*less than 1"),
-        ("likelihood", {"times_shared_by": "sample"}, r"times_shared_by\n.*'step' or 'group'"),
+        (
+            "likelihood",
+            {"times_shared_by": "row"},
+            r"times_shared_by\n.*'step', 'group' or 'sample'",
+        ),
         ("model", {"path": "x", "attention": "fast"}, r"'auto', 'sdpa', 'xformers' or 'flash'"),
         ("model", {"path": "x", "lora": {"rank": 0}}, r"lora.rank\n.*greater than or equal to 1"),
         ("model", {}, r"model.path\n.*required"),

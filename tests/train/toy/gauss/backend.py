@@ -26,6 +26,7 @@ class ToyBackend:
         self.model = Policy(config.decisions)
         self.average = self.model.mean.detach().clone()
         self.off_policy = config.off_policy
+        self.notes = ()
         self.updates = 0
         self.calls = []
 
