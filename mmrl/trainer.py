@@ -269,22 +269,27 @@ class Trainer:
         main = float(self.accelerator.is_main_process)
         means.add({"loss": (0.0, main)})
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-        progress = self.progress
         if any_process(self.accelerator, not finite):
-            self.progress = replace(
-                progress,
-                bad_updates=progress.bad_updates + 1,
-                bad_in_a_row=progress.bad_in_a_row + 1,
-            )
-            self.optimizer.zero_grad()
-            self._refuse_divergence()
+            self._skip_update()
             return
         if norm is not None:
             means.add({"grad_norm": (float(norm) * main, main)})
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self.progress = replace(progress, updates=progress.updates + 1, bad_in_a_row=0)
+        self.progress = replace(self.progress, updates=self.progress.updates + 1, bad_in_a_row=0)
+
+    def _skip_update(self) -> None:
+        progress, scaler = self.progress, self.accelerator.scaler
+        searching = scaler is not None and scaler.get_scale() > 1.0
+        if searching:
+            # fp16: the scaler makes no step either, and lowers its scale for the next update.
+            # Overflows while it looks for one are no divergence.
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        streak = progress.bad_in_a_row + (0 if searching else 1)
+        self.progress = replace(progress, bad_updates=progress.bad_updates + 1, bad_in_a_row=streak)
+        self._refuse_divergence()
 
     def _refuse_divergence(self) -> None:
         limit, streak = self.config.training.max_bad_updates, self.progress.bad_in_a_row

@@ -52,3 +52,11 @@ def kills_itself(prompts, outputs, target, **columns):
         open(marker, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return near_target(prompts, outputs, target)
+
+
+def ocr_that_kills(prompts, outputs, **columns):
+    """The shipped OCR reward, with a SIGKILL on the way."""
+    from rewards import ocr
+
+    kills_itself(prompts, torch.zeros(len(outputs), 1), torch.zeros(len(outputs)))
+    return ocr.build(ocr.Config())(prompts, outputs, **columns)
