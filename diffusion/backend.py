@@ -8,7 +8,7 @@ behaviour policy, later epochs) sees the same draw.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from diffusion.weights import (
     Snapshot,
     ema_decay,
     evaluation_decay,
+    reshard,
     trainable,
     whole,
 )
@@ -90,6 +91,7 @@ class DiffusionBackend:
         self.model: nn.Module = family.transformer
         self.off_policy = config.likelihood.behaviour == "ema"
         self._bare: Any = family.transformer
+        self._architecture: Any = type(family.transformer)  # sharding changes the class in place
         self._family = family
         self._conditions = conditions
         self._device: torch.device = family.device
@@ -165,7 +167,10 @@ class DiffusionBackend:
             self._copies["average"].move_towards(live, decay)
 
     def auxiliary_state(self) -> dict[str, Tensor]:
-        """Every copy of the weights, as ``copy:parameter``."""
+        """Every copy of the weights, as ``copy:parameter``.
+
+        Whole tensors on the CPU: sharded ones are gathered, so every process must call this.
+        """
         self._take_copies()
         return {
             f"{copy}:{name}": value
@@ -192,8 +197,10 @@ class DiffusionBackend:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if self.config.model.lora is None:
-            state = whole(self._bare.state_dict())
-            self._bare.save_pretrained(folder / "transformer", state_dict=state)
+            with torch.device("meta"):
+                network = self._architecture.from_config(self._bare.config)
+            network.load_state_dict(whole(self._bare.state_dict()), assign=True)
+            network.save_pretrained(folder / "transformer")
             return
         from peft.utils import get_peft_model_state_dict
 
@@ -311,11 +318,16 @@ class DiffusionBackend:
     def _ema(self) -> AbstractContextManager[None]:
         return self._with_copy("ema")
 
-    def _with_copy(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def _with_copy(self, name: str) -> Iterator[None]:
         self._take_copies()
         if name not in self._copies:
             raise ValueError(f"no {name!r} copy of the weights was asked for in build(needs=...)")
-        return self._copies[name].applied(trainable(self._bare))
+        with self._copies[name].applied(trainable(self._bare)):
+            try:
+                yield
+            finally:
+                reshard(self._bare)  # else the next forward would still see the copy
 
     def _take_copies(self) -> None:
         """Copy the initial weights, once, after sharding may have replaced the parameters."""

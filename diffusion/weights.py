@@ -1,7 +1,8 @@
 """Other weights for the same network: averages, the behaviour policy and the frozen reference.
 
 Nothing here holds on to a parameter: sharding may replace parameters after the model was built, so
-the current ones are passed in by name each time.
+the current ones are passed in by name each time.  Sharded parameters are DTensors; copies of them
+are sharded the same way.
 """
 
 from __future__ import annotations
@@ -11,11 +12,25 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of ``model`` that receive gradients, by name."""
+    """The parameters of ``model`` that receive gradients, by name; shards where it is sharded."""
+    reshard(model)
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, which FSDP2 keeps after a forward without a backward.
+
+    Until then they stand in for the shards: writes to them are lost, and writes to the shards do
+    not reach the next forward.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class Snapshot:
@@ -45,11 +60,14 @@ class Snapshot:
                 self._values[name].mul_(decay).add_(value.detach().float(), alpha=1 - decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The copy, by parameter name."""
-        return dict(self._values)
+        """The copy, by parameter name: whole tensors on the CPU, so every process must call it."""
+        return whole(self._values)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of ``state``; ``ValueError`` unless the names agree."""
+        """Inverse of ``state``, with the same whole tensors on every process.
+
+        ``ValueError`` unless the names agree.
+        """
         if state.keys() != self._values.keys():
             odd = sorted(state.keys() ^ self._values.keys())[:3]
             raise ValueError(f"saved weights belong to another set of parameters, e.g. {odd}")
@@ -77,4 +95,14 @@ def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _write(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     for name, value in target.items():
-        value.copy_(source[name])
+        value.copy_(_distributed_like(value, source[name]))
+
+
+def _distributed_like(target: Tensor, source: Tensor) -> Tensor:
+    """A whole ``source`` cut up like ``target``; ``source`` itself where there is nothing to cut."""
+    if not isinstance(target, DTensor) or isinstance(source, DTensor):
+        return source
+    mesh = target.device_mesh
+    source = source.to(mesh.device_type)
+    # No source rank: every process holds all of it already, and only keeps its part.
+    return distribute_tensor(source, mesh, target.placements, src_data_rank=None)
