@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run = configuration.load(options.config, options.overrides)
     session = runner.open_session(run)
-    trainer = runner._make_trainer(session)
+    trainer = runner.make_trainer(session)
     try:
         phases, rate, shape = measure(session, trainer, options.steps)
     finally:

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from mmrl.errors import UserError
 
 MANIFEST = "manifest.json"
+SCALER = "scaler.pt"  # fp16 only
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _OPTIONS = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
@@ -77,8 +78,16 @@ def save(
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     # Collective for sharded models, so every process asks; the main one alone writes the answer.
-    weights = get_model_state_dict(trained.model, options=_OPTIONS)
-    moments = get_optimizer_state_dict(trained.model, trained.optimizer, options=_OPTIONS)
+    names = trained_names(trained.model, accelerator)
+    everything = get_model_state_dict(trained.model, options=_OPTIONS)
+    weights = {name: value for name, value in everything.items() if name in names}
+    # torch fills an empty state by making a step, which would count as one ever after.
+    started = bool(trained.optimizer.state)
+    moments = (
+        get_optimizer_state_dict(trained.model, trained.optimizer, options=_OPTIONS)
+        if started
+        else {}
+    )
     torch.save(random_state(), temporary / f"random-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -86,29 +95,52 @@ def save(
         save_file(_contiguous(trained.auxiliary), temporary / "auxiliary.safetensors")
         torch.save(moments, temporary / "optimizer.pt")
         torch.save(trained.scheduler.state_dict(), temporary / "scheduler.pt")
+        if accelerator.scaler is not None:
+            torch.save(accelerator.scaler.state_dict(), temporary / SCALER)
         (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
         seal(temporary, final)
         for old in found(run)[:-keep_last]:
-            shutil.rmtree(old)
+            # Renamed first: a folder with a final name is always whole.
+            shutil.rmtree(old.rename(run / f".{old.name}.tmp"))
     accelerator.wait_for_everyone()
     return final
 
 
 def load(folder: Path, accelerator: Accelerator, trained: Trained) -> tuple[Progress, dict]:
     """Restore everything; returns the progress and the auxiliary tensors."""
-    verify(folder)
-    weights: dict[str, Any] = load_file(folder / "weights.safetensors")
-    set_model_state_dict(trained.model, weights, options=_OPTIONS)
+    auxiliary = load_weights(folder, accelerator, trained.model)
     moments = torch.load(folder / "optimizer.pt", weights_only=True)
-    set_optimizer_state_dict(trained.model, trained.optimizer, moments, options=_OPTIONS)
+    if moments:
+        set_optimizer_state_dict(trained.model, trained.optimizer, moments, options=_OPTIONS)
     trained.scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+    if accelerator.scaler is not None and (folder / SCALER).is_file():
+        accelerator.scaler.load_state_dict(torch.load(folder / SCALER, weights_only=True))
     states = folder / f"random-{accelerator.process_index}.pt"
     # A larger world than the saved one has new processes; all training noise is derived from
     # seeds, so they only lose the position of library-internal generators.
     if states.is_file():
         set_random_state(torch.load(states, weights_only=True))
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    return progress, load_file(folder / "auxiliary.safetensors")
+    return progress, auxiliary
+
+
+def load_weights(
+    folder: Path, accelerator: Accelerator, model: torch.nn.Module
+) -> dict[str, Tensor]:
+    """Verify a checkpoint and restore the trained parameters; returns the auxiliary tensors."""
+    verify(folder)
+    weights: dict[str, Any] = load_file(folder / "weights.safetensors")
+    missing = trained_names(model, accelerator) - weights.keys()
+    if missing:
+        raise UserError(f"checkpoint {folder} lacks the trained parameters {sorted(missing)[:3]}")
+    set_model_state_dict(model, weights, options=_OPTIONS)
+    return load_file(folder / "auxiliary.safetensors")
+
+
+def trained_names(model: torch.nn.Module, accelerator: Accelerator) -> set[str]:
+    """Names of the trained parameters; frozen ones and buffers come from the base model."""
+    bare = accelerator.unwrap_model(model)
+    return {name for name, value in bare.named_parameters() if value.requires_grad}
 
 
 def found(run: Path) -> list[Path]:
@@ -139,7 +171,7 @@ def verify(folder: Path) -> None:
     hint = "; remove this folder to resume from the checkpoint before it"
     try:
         sums = json.loads(manifest.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"corrupt checkpoint {folder}: {MANIFEST}: {error}{hint}") from None
     for name, expected in sums.items():
         path = folder / name

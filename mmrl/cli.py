@@ -116,8 +116,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="RUN_OR_CONFIG",
-            help="A run folder (its final weights, else its last checkpoint) or a YAML file (the "
-            "model before training).",
+            help="A run folder (its last checkpoint) or a YAML file (the model before training).",
         ),
     ],
     overrides: Overrides = None,

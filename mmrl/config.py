@@ -44,6 +44,9 @@ PartField = Annotated[Part, PlainSerializer(Part.dump)]
 RewardField = Annotated[RewardSpec, PlainSerializer(RewardSpec.dump)]
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class PromptsConfig(StrictModel):
     """Training prompts and how they are drawn."""
 
@@ -58,7 +61,7 @@ class OptimizerConfig(StrictModel):
 
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="moment decays")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="moment decays")
     eps: float = Field(default=1e-8, gt=0, description="denominator offset")
     weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(
@@ -87,6 +90,9 @@ class TrainingConfig(StrictModel):
     )
     max_bad_updates: int = Field(
         default=5, ge=1, description="consecutive non-finite gradients before the run aborts"
+    )
+    max_unscored_steps: int = Field(
+        default=5, ge=1, description="consecutive steps without any reward before the run aborts"
     )
 
 
@@ -125,7 +131,7 @@ class RunConfig(StrictModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
-    seed: int = Field(default=0, ge=0, description="seed of everything that is drawn")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of everything that is drawn")
     output_dir: Path = Field(
         default=Path("runs/{name}"), description="run folder; {name} is filled"
     )
@@ -163,7 +169,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"configuration file not found: {path}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of sections, got {type(data).__name__}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 
 from mmrl.errors import UserError
 
@@ -82,7 +82,15 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     cpu = not torch.cuda.is_available()
     if cpu:
         share_cores(os.environ)
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+        if mixed_precision == "fp16":
+            raise UserError("model.dtype: fp16 needs a GPU; allowed on this machine: fp32, bf16")
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "DeepSpeed makes its step inside backward, before gradients are clipped and checked, "
+            "and is not supported yet; use configs/accelerate/fsdp2.yaml or multi_gpu.yaml"
+        )
+    return accelerator
 
 
 def share_cores(environment: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from mmrl.backend import Backend
 from mmrl.config import RunConfig
 from mmrl.distributed import deal, gather_items
 from mmrl.trainer import assemble, collect_scores, make_requests
-from mmrl.types import Prompt, RolloutGroup
+from mmrl.types import Prompt, RolloutGroup, Scores
 from rewards.combine import Scorer
 
 # No training step has this number, so evaluation noise never coincides with training noise.
@@ -46,11 +46,11 @@ def evaluate_held_out(
                 continue
             scorer.submit(group)
             if share.index in wanted:
-                shown.append(group)
+                shown.append(replace(group, payload=None))
     scores = assemble(collect_scores(accelerator, scorer))
     everything = gather_items(accelerator, shown)
     return Evaluation(
-        metrics={f"eval/{name}": _finite_mean(raw) for name, raw in scores.by_name.items()},
+        metrics=_means(scores),
         shown=sorted(everything, key=lambda group: group.request.index),
     )
 
@@ -61,5 +61,12 @@ def spread(count: int, wanted: int) -> frozenset[int]:
     return frozenset(i * count // wanted for i in range(wanted))
 
 
-def _finite_mean(values: torch.Tensor) -> float:
-    return float(values[torch.isfinite(values)].mean())
+def _means(scores: Scores) -> dict[str, float]:
+    """Mean of each judge over the samples it could judge, and how many it could not, if any."""
+    found = {}
+    for name, raw in scores.by_name.items():
+        judged = raw[torch.isfinite(raw)]
+        found[f"eval/{name}"] = float(judged.mean())
+        if len(judged) < len(raw):
+            found[f"eval/{name}_unjudged"] = float(len(raw) - len(judged))
+    return found

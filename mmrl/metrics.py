@@ -64,6 +64,14 @@ def kept_lines(path: Path, until: int) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         # A killed run may leave half a line; it belongs to a step that is done again.
-        if line.endswith("\n") and json.loads(line)["step"] <= until:
+        if line.endswith("\n") and _step_of(line) <= until:
             kept.append(line)
     return kept
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for a damaged one, which is then not kept."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -57,10 +58,15 @@ def refuse_missing_terms(config: RunConfig) -> None:
             )
 
 
-def refuse_gap(gap: Tensor, mixed_precision: str) -> None:
+def largest_gap(so_far: float, gap: Tensor) -> float:
+    """Largest |gap| seen, NaN as soon as there is one."""
+    now = float(gap.abs().max()) if gap.numel() else 0.0
+    return so_far if math.isnan(so_far) or now <= so_far else now
+
+
+def refuse_gap(largest: float, mixed_precision: str) -> None:
     """``UserError`` if replayed log-probabilities differ by more than the budget of the dtype."""
     budget = REPLAY_BUDGET[mixed_precision]
-    largest = float(gap.abs().max()) if gap.numel() else 0.0
     # Written so that NaN is refused as well.
     if not largest <= budget:
         raise UserError(
@@ -140,9 +146,12 @@ def refuse_foreign_folder(run: Path, resume: bool) -> None:
     """``UserError`` if the run folder holds something that starting afresh would destroy."""
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir: {run} is a file")
-    if resume or not run.is_dir() or not any(run.iterdir()):
+    ours = (run / "config.yaml").is_file()
+    if not run.is_dir() or not any(run.iterdir()) or (resume and ours):
         return
-    what = "another run" if (run / "config.yaml").is_file() else "other files"
+    if resume:
+        raise UserError(f"output_dir: {run} holds no run to resume, but other files")
+    what = "another run" if ours else "other files"
     raise UserError(
         f"output_dir: {run} holds {what}; continue it with --resume, or choose a new folder with "
         f"output_dir=... or name=..."

@@ -67,6 +67,8 @@ class Bar:
     def step(self, done: int, values: Mapping[str, float]) -> None:
         """Advance the bar to ``done``."""
         reward = f"reward {values['reward']:.3f}"
+        if values["invalid_samples"]:
+            reward += f"  invalid {values['invalid_samples']:.0f}"
         self._progress.update(self._task, completed=done, status=reward)
         if not self._progress.console.is_terminal and done % self._plain_every == 0:
             seconds = values["step_time"]

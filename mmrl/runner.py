@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from torch.distributed.tensor import DTensor
 
 from mmrl import checkpoint, preflight
 from mmrl.backend import Backend
@@ -95,9 +98,9 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     preflight.refuse_foreign_folder(run, resume)
     start = _resume_point(config) if resume else None
     trackers = config.tracking.trackers
-    options = {"log_with": list(trackers), "project_dir": str(run)} if trackers else {}
+    options = _tracking(trackers, run)
     session = open_session(config, **options)
-    trainer = _make_trainer(session)
+    trainer = make_trainer(session)
     untouched = _fingerprint(session.backend)
     if start is not None:
         trainer.progress, auxiliary = checkpoint.load(
@@ -105,7 +108,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         )
         session.backend.load_auxiliary_state(auxiliary)
     steps = trainer.progress.step
-    metrics = _open_folder(session, steps if resume else None)
+    # Before the first step everything is done again, its evaluation too: nothing is kept.
+    metrics = _open_folder(session, steps or None)
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
         if metrics is not None:
@@ -115,7 +119,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         display.note(f"resuming after step {steps}" if start else f"run folder: {run}")
         for note in session.backend.notes:
             display.note(note)
-        loop = Loop(session, trainer, metrics, display, interrupted)
+        loop = Loop(session, trainer, metrics, display, interrupted, saved=steps)
         finished = loop.run()
         if finished:
             _finish(session, untouched)
@@ -135,12 +139,17 @@ class Loop:
     trainer: Trainer
     metrics: MetricsFile | None
     display: Display
-    interrupted: list[int]
+    interrupted: list[float]
+    saved: int
 
     def run(self) -> bool:
         """Go to the last step; ``False`` if a signal stopped it, after saving."""
         config = self.session.config
-        judge = Scorer(config.evaluation.rewards or config.rewards)
+        with Scorer(config.evaluation.rewards or config.rewards) as judge:
+            return self._run(judge)
+
+    def _run(self, judge: Scorer) -> bool:
+        config = self.session.config
         total = config.training.num_steps
         if self.trainer.progress.step == 0:
             self._evaluate(judge)
@@ -157,7 +166,6 @@ class Loop:
                 self._evaluate(judge)
             if last or done % config.checkpoint.every == 0:
                 self._save()
-        judge.close()
         return True
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -182,6 +190,8 @@ class Loop:
 
     def _save(self) -> None:
         progress = self.trainer.progress
+        if progress.step == self.saved:
+            return
         checkpoint.save(
             self.session.config.run_dir,
             self.session.accelerator,
@@ -189,6 +199,7 @@ class Loop:
             progress,
             self.session.config.checkpoint.keep_last,
         )
+        self.saved = progress.step
 
 
 def evaluate(config: RunConfig, *, run: Path | None = None) -> dict[str, float]:
@@ -197,11 +208,11 @@ def evaluate(config: RunConfig, *, run: Path | None = None) -> dict[str, float]:
         raise UserError("evaluation.source: required to evaluate, but not set")
     session = open_session(config)
     _load_last(session, run)
-    judge = Scorer(config.evaluation.rewards or config.rewards)
-    result = evaluate_held_out(
-        config, session.accelerator, session.backend, session.evaluation_prompts, judge
-    )
-    judge.close()
+    with Scorer(config.evaluation.rewards or config.rewards) as judge:
+        result = evaluate_held_out(
+            config, session.accelerator, session.backend, session.evaluation_prompts, judge
+        )
+    session.accelerator.end_training()
     return result.metrics
 
 
@@ -214,6 +225,7 @@ def sample(run: Path, prompts: Sequence[str], *, count: int, seed: int) -> list[
     requests = make_requests(wanted, count, seed, EVALUATION_STREAM)
     with session.backend.averaged():
         groups = list(session.backend.rollout(requests, evaluation=True))
+    session.accelerator.end_training()
     return [list(group.outputs) for group in groups]
 
 
@@ -252,7 +264,21 @@ def environment(processes: int) -> dict[str, Any]:
     }
 
 
-def _make_trainer(session: Session) -> Trainer:
+def _tracking(trackers: Sequence[str], run: Path) -> dict[str, Any]:
+    """Arguments of the accelerator; ``UserError`` for a tracker that is not installed."""
+    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    for name in trackers:
+        if name not in installed:
+            raise UserError(
+                f"tracking.trackers: {name!r} is not installed here (pip install {name}); "
+                f"installed: {', '.join(sorted(installed)) or 'none'}"
+            )
+    if not trackers:
+        return {}
+    return {"log_with": list(trackers), "project_dir": str(run / "tensorboard")}
+
+
+def make_trainer(session: Session) -> Trainer:
     config, accelerator = session.config, session.accelerator
     section = config.optimizer
     parameters = [p for p in session.backend.model.parameters() if p.requires_grad]
@@ -312,10 +338,9 @@ def _load_last(session: Session, run: Path | None) -> None:
     found = checkpoint.found(run)
     if not found:
         raise UserError(f"{run} holds no checkpoint yet")
-    trainer = _make_trainer(session)
-    _, auxiliary = checkpoint.load(found[-1], session.accelerator, _trained(session, trainer))
+    session.backend.model = session.accelerator.prepare(session.backend.model)
+    auxiliary = checkpoint.load_weights(found[-1], session.accelerator, session.backend.model)
     session.backend.load_auxiliary_state(auxiliary)
-    trainer.scorer.close()
 
 
 def _resume_point(config: RunConfig) -> Path | None:
@@ -323,11 +348,15 @@ def _resume_point(config: RunConfig) -> Path | None:
     run = config.run_dir
     if not (run / "config.yaml").is_file():
         return None
-    before, now = flatten(read_yaml(run / "config.yaml")), flatten(config.dump())
+    # Through the parser: keys that are newer than the run have their defaults.
+    before, now = flatten(load_run_config(run).dump()), flatten(config.dump())
+    free = RESUMABLE
+    if config.optimizer.schedule != "constant":  # it ends at num_steps
+        free = tuple(key for key in RESUMABLE if key != "training.num_steps")
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(RESUMABLE)
+        if before.get(key) != now.get(key) and not key.startswith(free)
     ]
     if changed:
         lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
@@ -350,17 +379,21 @@ def _open_folder(session: Session, keep_until: int | None) -> MetricsFile | None
         dumped = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
         (run / "config.yaml").write_text(dumped, encoding="utf-8")
         about = environment(session.accelerator.num_processes)
-        (run / "environment.json").write_text(json.dumps(about, indent=1))
+        record = run / "environment.json"
+        if keep_until is not None and record.is_file():
+            about["resumed"] = json.loads(record.read_text())
+        record.write_text(json.dumps(about, indent=1))
         metrics = MetricsFile(run / "metrics.jsonl", keep_until)
     session.accelerator.wait_for_everyone()
     if config.tracking.trackers:
-        session.accelerator.init_trackers("tensorboard")
+        session.accelerator.init_trackers("mmrl", init_kwargs={"wandb": {"name": config.name}})
     return metrics
 
 
 def _finish(session: Session, untouched: str) -> None:
     """Export the averaged weights; an adapter that never moved is an error, not a result."""
-    if _fingerprint(session.backend) == untouched:
+    moved = _fingerprint(session.backend) != untouched
+    if not any_process(session.accelerator, moved):
         raise UserError(
             "the trained parameters are identical to the initial ones: nothing was learned "
             "(were all samples invalid, or all advantages zero?)"
@@ -385,21 +418,25 @@ def _fingerprint(backend: Backend) -> str:
     total = torch.zeros(2, dtype=torch.float64)
     for p in backend.model.parameters():
         if p.requires_grad:
-            x = p.detach().double().cpu()
+            # A shard is enough: every process looks at its own.
+            local = p.to_local() if isinstance(p, DTensor) else p
+            x = local.detach().double().cpu()
             total += torch.stack([x.sum(), (x * torch.arange(x.numel()).view_as(x)).sum()])
     return repr(total.tolist())
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; the loop saves after the current step. A second one kills."""
-    received: list[int] = []
+def _interruptible() -> Iterator[list[float]]:
+    """Times of SIGINT and SIGTERM; the loop saves after its step. A second Ctrl-C kills."""
+    received: list[float] = []
 
     def handle(number: int, frame: Any) -> None:
         del frame
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
+        now = time.monotonic()
+        # Launchers and schedulers repeat signals within moments; a person takes longer.
+        if received and number == signal.SIGINT and now - received[0] > 2:
+            raise KeyboardInterrupt("nothing was saved since the last checkpoint")
+        received.append(now)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from mmrl.errors import UserError
 
@@ -19,6 +19,22 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `on` and `yes` as true, which pydantic would take for the number 1.
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and not _allows(field.annotation, bool):
+            raise ValueError("should not be true or false")
+        return value
+
+
+def _allows(annotation: Any, kind: type) -> bool:
+    """Whether a value of ``kind`` may stand where ``annotation`` is written."""
+    if annotation is Any or annotation is kind:
+        return True
+    return any(_allows(argument, kind) for argument in typing.get_args(annotation))
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -7,6 +7,7 @@ first backward, so results depend neither on the micro-batch size nor on the num
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from mmrl.distributed import (
 )
 from mmrl.errors import UserError
 from mmrl.metrics import Means
-from mmrl.preflight import refuse_gap
+from mmrl.preflight import largest_gap, refuse_gap
 from mmrl.types import (
     Advantages,
     Prompt,
@@ -38,7 +39,7 @@ from mmrl.types import (
     Scores,
     UpdateBatch,
 )
-from rewards.combine import GroupScores, Scorer
+from rewards.combine import TIMED_OUT, GroupScores, Scorer
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Trainer:
     scorer: Scorer
     progress: Progress = field(default_factory=Progress)
     checked: bool = False
+    unscored_in_a_row: int = 0
 
     def step(self) -> dict[str, float]:
         """One rollout and its updates; returns what to log."""
@@ -82,12 +84,12 @@ class Trainer:
         groups, rollout_time = _timed(lambda: roll_out(self, requests))
         collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
         scores = assemble(collected)
-        refuse_unscored(scores)
+        self._refuse_unscored(scores, collected)
         advantages = self._advantages(scores)
         means, rate = Means(), float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
         step = self.progress.step
-        self.backend.after_update(step)
+        self.backend.after_update(self.progress.updates)
         self.progress = replace(self.progress, step=step + 1)
         return {
             **summary(scores, collected),
@@ -100,6 +102,32 @@ class Trainer:
             "time/update": update_time,
             "step_time": time.perf_counter() - started,
         }
+
+    def _refuse_unscored(self, scores: Scores, collected: Sequence[GroupScores]) -> None:
+        """``UserError`` if nothing has a usable reward, at once or step after step.
+
+        A reward that never worked is a mistake; one that hangs, or stops working for a while, costs
+        the steps it misses, which are logged as skipped.
+        """
+        if bool(scores.valid.any()):
+            self.unscored_in_a_row = 0
+            return
+        self.unscored_in_a_row += 1
+        failures = {name: text for group in collected for name, text in group.failures.items()}
+        hung = any(text.startswith(TIMED_OUT) for text in failures.values())
+        worked = self.progress.updates > 0
+        if (worked or hung) and self.unscored_in_a_row < self.config.training.max_unscored_steps:
+            return
+        reasons = [f"{name!r} failed on all of them: {text}" for name, text in failures.items()]
+        reasons += [
+            f"no value (NaN) from {name!r}; does the prompts file have the columns it reads?"
+            for name, raw in scores.by_name.items()
+            if name not in failures and bool(torch.isnan(raw).all())
+        ]
+        raise UserError(
+            f"rewards: none of the {len(scores.valid)} samples of a step got a reward: "
+            + "; ".join(reasons)
+        )
 
     def _requests(self) -> list[RolloutRequest]:
         training, sampler = self.config.training, self.config.prompts.sampler
@@ -135,7 +163,7 @@ class Trainer:
         for epoch in range(training.num_epochs):
             windows = self._plan(groups, scores, advantages, epoch)
             if not self.checked:
-                self._check_replay(windows[0])
+                self._check_replay(windows)
             if epoch == 0 and (needs_anchor or self.backend.off_policy):
                 anchors = self._anchor(windows)
             for window in windows:
@@ -147,7 +175,8 @@ class Trainer:
         training, world = self.config.training, self.accelerator.num_processes
         order = torch.arange(len(scores.combined))
         if training.updates_per_epoch > 1:
-            seed = hash((self.config.seed, self.progress.step, epoch)) % (1 << 63)
+            key = repr((self.config.seed, self.progress.step, epoch)).encode()
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
         return plan_windows(
             groups,
@@ -159,18 +188,21 @@ class Trainer:
             world=world,
         )
 
-    def _check_replay(self, window: Window) -> None:
-        """Refuse to train if the same samples score differently when they are asked again."""
-        batch = self._collate(window.micro_batches[0])
+    def _check_replay(self, windows: list[Window]) -> None:
+        """Refuse to train if the samples of a rollout score differently when asked again."""
+        gap = 0.0
         with self.backend.behaviour():
-            with torch.no_grad():
-                known = self.backend.evaluate(batch, frozenset({"logp"})).logp
-            replayed = self.backend.evaluate(batch, frozenset({"logp"})).logp.detach()
-        if batch.logp_old is not None:
-            known = batch.logp_old.to(known)
+            for rows in (rows for window in windows for rows in window.micro_batches):
+                batch = self._collate(rows)
+                with torch.no_grad():
+                    known = self.backend.evaluate(batch, frozenset({"logp"})).logp
+                replayed = self.backend.evaluate(batch, frozenset({"logp"})).logp.detach()
+                if batch.logp_old is not None:
+                    known = batch.logp_old.to(known)
+                gap = largest_gap(gap, (replayed - known)[batch.mask])
         error: Exception | None = None
         try:
-            refuse_gap((replayed - known)[batch.mask], self.accelerator.mixed_precision)
+            refuse_gap(gap, self.accelerator.mixed_precision)
         except UserError as refusal:
             error = refusal
         agree_or_raise(self.accelerator, error)
@@ -282,10 +314,9 @@ class Trainer:
     def _skip_update(self) -> None:
         progress, scaler = self.progress, self.accelerator.scaler
         searching = scaler is not None and scaler.get_scale() > 1.0
-        if searching:
-            # fp16: the scaler makes no step either, and lowers its scale for the next update.
-            # Overflows while it looks for one are no divergence.
-            self.optimizer.step()
+        if scaler is not None:
+            # fp16: the scale falls for the next update.  Overflows on the way are no divergence.
+            scaler.update()
         self.optimizer.zero_grad()
         streak = progress.bad_in_a_row + (0 if searching else 1)
         self.progress = replace(progress, bad_updates=progress.bad_updates + 1, bad_in_a_row=streak)
@@ -297,7 +328,7 @@ class Trainer:
             raise UserError(
                 f"gradients were not finite in {streak} updates in a row "
                 f"(training.max_bad_updates: {limit}); lower optimizer.learning_rate or use "
-                "a wider dtype, then continue with --resume"
+                "a wider dtype, in a new run (name=...)"
             )
 
     def _reduced(self, means: Means) -> dict[str, float]:
@@ -362,18 +393,6 @@ def assemble(collected: Sequence[GroupScores]) -> Scores:
     )
 
 
-def refuse_unscored(scores: Scores) -> None:
-    """``UserError`` if no sample of the step has a usable reward: nothing could be learned."""
-    if bool(scores.valid.any()):
-        return
-    counts = {name: int(torch.isnan(raw).sum()) for name, raw in scores.by_name.items()}
-    missing = ", ".join(f"{name!r} for {count}" for name, count in counts.items())
-    raise UserError(
-        f"rewards: none of the {len(scores.valid)} samples of a step got a reward; no value "
-        f"(NaN) from {missing}; does the prompts file have the columns they read?"
-    )
-
-
 def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float]:
     """Reward statistics of a step under TRL's keys; failures are counted, never hidden."""
     values = {"reward": _mean(scores.combined[scores.valid])}
@@ -384,6 +403,7 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
         failed = sum(group.num_failed.get(name, 0) for group in collected)
         if failed:
             values[f"rewards/{name}/failed"] = float(failed)
+    values["time/reward_calls"] = sum(group.seconds for group in collected)
     values["invalid_samples"] = float((~scores.valid).sum())
     values["num_samples"] = float(len(scores.combined))
     return values
@@ -410,6 +430,8 @@ def plan_windows(
     filler = Sample(groups[0], 0, int(first[groups[0].request.index]), weight=0.0)
     windows = []
     for chunk in torch.tensor_split(torch.tensor(order), num_windows):
+        if not len(chunk):
+            continue  # fewer samples were kept than there are windows
         by_rank: list[list[int]] = [[] for _ in range(world)]
         for position in chunk.tolist():
             by_rank[owner(int(group_of[position]), world)].append(position)

@@ -58,6 +58,9 @@ class RewardSpec(StrictModel):
         return {**common, **own}
 
 
+TIMED_OUT = "timed out after"
+"""How the failure message of a call that hung begins."""
+
 COMMON_KEYS = tuple(key for key in RewardSpec.model_fields if key != "config")
 
 
@@ -148,8 +151,8 @@ class Scorer:
     """Scores groups in the background; ``collect`` hands the results back in submit order.
 
     A reward that raises, hangs or returns infinity leaves NaN and a message behind, and training
-    goes on.  One that returns the wrong number of values, or no numbers, is a mistake in the code,
-    as is one that fails on every sample: ``collect`` raises ``UserError``.  Each reward is called
+    goes on.  One that returns the wrong number of values, or no numbers, is a mistake in the code:
+    ``collect`` raises ``UserError``.  Each reward is called
     from one thread at a time, unless an earlier call hangs past its timeout: that thread is left to
     itself.  All threads are daemons, so nothing that hangs can keep the interpreter alive.
     """
@@ -167,8 +170,9 @@ class Scorer:
         """Wait for everything submitted since the last call; ``UserError`` as described above."""
         pending, self._pending = self._pending, []
         results = [(group, [job.wait() for job in jobs]) for group, jobs in pending]
-        for i, spec in enumerate(self._specs):
-            _refuse_hopeless(spec, [outcomes[i] for _, outcomes in results])
+        for outcome in (outcome for _, outcomes in results for outcome in outcomes):
+            if outcome.fatal is not None:
+                raise outcome.fatal
         return [combined_scores(group, self._specs, outcomes) for group, outcomes in results]
 
     def close(self) -> None:
@@ -203,17 +207,6 @@ def combined_scores(
         num_failed={label: outcome.num_failed for label, outcome in by_label.items()},
         seconds=sum(outcome.seconds for outcome in outcomes),
     )
-
-
-def _refuse_hopeless(spec: RewardSpec, outcomes: Sequence[_Outcome]) -> None:
-    for outcome in outcomes:
-        if outcome.fatal is not None:
-            raise outcome.fatal
-    num_samples = sum(len(outcome.values) for outcome in outcomes)
-    num_failed = sum(outcome.num_failed for outcome in outcomes)
-    if spec.weight and num_samples and num_failed == num_samples:
-        first = next(outcome.message for outcome in outcomes)
-        raise UserError(f"reward {spec.label!r} failed on all {num_samples} samples: {first}")
 
 
 # --- threads ------------------------------------------------------------------------------------
@@ -274,7 +267,7 @@ class _Worker:
             return returned.get(timeout=self._spec.timeout_s)
         except Empty:
             limit = self._spec.timeout_s
-            return _failed(group, f"timed out after {limit:g} s", seconds=limit)
+            return _failed(group, f"{TIMED_OUT} {limit:g} s", seconds=limit)
 
 
 def scored(reward: Reward, group: RolloutGroup, label: str) -> _Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_quickstart_is_checked_without_weights(monkeypatch):
 
 def test_quickstart_explains_every_key():
     lines = (CONFIGS / "quickstart.yaml").read_text().splitlines()
+    # Items of a list of names are explained by the line of its key.
+    lines = [line for line in lines if not re.fullmatch(r" +- [\w.]+", line)]
     values = [line for line in lines if line.strip() and not line.rstrip().endswith(":")]
     assert [line for line in values if "#" not in line] == []
 

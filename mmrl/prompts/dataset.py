@@ -19,7 +19,8 @@ def load_prompts(path: Path, key: str) -> list[Prompt]:
     """
     if not path.is_file():
         raise UserError(f"{key}: prompts file not found: {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not `splitlines`: JSON strings may hold other line separators as they are.
+    lines = path.read_bytes().split(b"\n")
     prompts = [
         _parse(line, f"{key}: {path}:{i}") for i, line in enumerate(lines, 1) if line.strip()
     ]
@@ -28,13 +29,13 @@ def load_prompts(path: Path, key: str) -> list[Prompt]:
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
-def _parse(line: str, where: str) -> Prompt:
+def _parse(line: bytes, where: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {line.strip()[:60]!r}")
+        raise UserError(f"{where}: expected an object, got {record!r:.60}")
     text = record.pop("prompt", None)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: needs a non-empty string under 'prompt', got {text!r}")

@@ -36,7 +36,7 @@ def small(folder, *overrides):
 def test_a_training_step_is_finite_and_moves_the_adapter(tmp_path, dtype):
     session = runner.open_session(small(tmp_path, f"backend.model.dtype={dtype}"))
     assert session.accelerator.device.type == "cuda"
-    trainer = runner._make_trainer(session)
+    trainer = runner.make_trainer(session)
     trained = [p for p in session.backend.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     values = [trainer.step() for _ in range(3)][-1]

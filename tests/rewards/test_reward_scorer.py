@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmrl.errors import UserError
-from rewards.combine import Scorer, parse_specs
+from rewards.combine import TIMED_OUT, Scorer, parse_specs
 
 NAN = math.nan
 # Long enough that a healthy call never meets it, short enough for a test.
@@ -188,13 +188,15 @@ def test_returning_the_wrong_thing_is_an_error(returned, message, scorer, group)
         score(broken, group([1.0, 2.0]))
 
 
-def test_failing_on_everything_is_an_error_naming_the_first(scorer, group):
+def test_failing_on_everything_is_said_for_each_group(scorer, group):
     def broken(prompts, outputs, **columns):
         raise KeyError(outputs[0])
 
     each = scorer(f=broken, g=echo)
-    with pytest.raises(UserError, match=r"reward 'f' failed on all 4 samples: KeyError: 1\.0"):
-        score(each, group([1.0, 2.0]), group([3.0, 4.0]))
+    results = score(each, group([1.0, 2.0]), group([3.0, 4.0]))
+    assert [r.failures["f"] for r in results] == ["KeyError: 1.0", "KeyError: 3.0"]
+    assert [r.num_failed for r in results] == [{"f": 2, "g": 0}] * 2
+    assert not any(r.valid.any() for r in results)
     assert each.collect() == []
 
 
@@ -235,15 +237,15 @@ def test_waiting_in_the_queue_does_not_count_as_hanging(scorer, group):
     assert all(result.valid.all() for result in results)
 
 
-def test_hanging_on_everything_is_an_error(scorer, group):
+def test_hanging_on_everything_is_said(scorer, group):
     release = threading.Event()
 
     def stuck(prompts, outputs, **columns):
         release.wait()
 
-    with pytest.raises(UserError, match=r"failed on all 1 samples: timed out after 0\.05 s"):
-        score(scorer(f=(stuck, {"timeout_s": 0.05})), group([0]))
+    (result,) = score(scorer(f=(stuck, {"timeout_s": 0.05})), group([0]))
     release.set()
+    assert result.failures == {"f": f"{TIMED_OUT} 0.05 s"}
 
 
 # --- threads ------------------------------------------------------------------------------------

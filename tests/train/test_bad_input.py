@@ -10,6 +10,7 @@ import yaml
 from toy.run import metrics_of, toy_config
 from typer.testing import CliRunner
 
+from mmrl.checkpoint import found
 from mmrl.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +45,25 @@ MISTAKES = [
     ("prompts.source=missing.jsonl", ["prompts.source", "not found", "missing.jsonl"]),
     ("evaluation.source=missing.jsonl", ["evaluation.source", "not found"]),
     ("regularisers.0.estimator=velocity", ["'kl_reference' needs velocity_gap_reference"]),
+    ("training.num_steps=true", ["training.num_steps", "true or false"]),
+    ("seed=4294967296", ["seed", "less than 4294967296"]),
+    ("optimizer.betas=[2,3]", ["optimizer.betas", "less than 1"]),
+    ("backend.terms=[logp_ref]", ["objective: 'grpo' needs logp", "provides logp_ref"]),
+    ("tracking.trackers=[mlflow]", ["tracking.trackers", "'mlflow' is not installed"]),
     ("rewards=[]", ["rewards", "at least 1"]),
     ("training", ["override 'training'", "a.b=value"]),
     ("rewards.3.weight=1", ["rewards.3.weight", "list of 1"]),
     ("name=a/b", ["name", "a/b"]),
     ("rewards.0.name=toy.rewards.nothing", ["toy.rewards", "nothing"]),
     ("rewards.0.name=no_such_package.f", ["no_such_package"]),
-    ("rewards.0.name=toy.rewards.raises", ["failed on all 12 samples", "server is down"]),
-    ("rewards.0.name=toy.rewards.always_nan", ["none of the 20 samples", "'near'"]),
+    (
+        "rewards.0.name=toy.rewards.raises",
+        ["none of the 20", "'near' failed on all", "is down"],
+    ),
+    (
+        "rewards.0.name=toy.rewards.always_nan",
+        ["none of the 20", "no value (NaN) from 'near'"],
+    ),
     ("rewards.0.name=toy.rewards.one_too_many", ["returned 3 values for 2 samples"]),
 ]
 
@@ -109,6 +121,90 @@ def test_a_hanging_reward_makes_its_samples_invalid_and_is_counted(tmp_path):
     assert sum(line.get("rewards/near/failed", 0) for line in lines) >= 5
     assert all(line["invalid_samples"] in (0.0, 5.0) for line in lines)
     assert all(line["reward"] is not None for line in lines)
+
+
+def test_hanging_alone_costs_steps_and_ends_the_run_only_when_it_goes_on(tmp_path):
+    """One prompt a step: now and then no sample of a step has a reward."""
+    options = (
+        "rewards.0.name=toy.rewards.hangs_on_first",
+        "rewards.0.timeout_s=0.3",
+        "training.prompts_per_step=1",
+        "training.num_steps=12",
+        "evaluation.source=null",
+    )
+    result = run_cli(tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    lines = metrics_of(tmp_path / "toy")
+    skipped = [line for line in lines if line.get("skipped_steps")]
+    assert len(skipped) == 2, "the hanging prompt comes once in each shuffle of six"
+    assert all(line["reward"] is None for line in skipped)
+    again = run_cli(tmp_path, *options, "name=strict", "training.max_unscored_steps=1")
+    assert again.exit_code == 2
+    assert "timed out after 0.3 s" in again.output
+
+
+def test_a_reward_that_fails_on_some_prompts_is_counted(tmp_path):
+    result = run_cli(tmp_path, "rewards.0.name=toy.rewards.fails_on_first")
+    assert result.exit_code == 0, result.output
+    lines = metrics_of(tmp_path / "toy")
+    assert sum(line.get("rewards/near/failed", 0) for line in lines) >= 15
+    assert [x["eval/near_unjudged"] for x in lines if "eval/near" in x] == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "holds another run; continue it with --resume"),
+        (("--resume", "training.group_size=6"), "training.group_size: 5 -> 6"),
+        (("--resume",), "corrupt checkpoint"),
+    ],
+)
+def test_a_folder_of_another_run_or_a_corrupt_checkpoint(tmp_path, toy, overrides, message):
+    last = found(toy())[-1]
+    (last / "weights.safetensors").write_bytes(b"broken")
+    result = run_cli(tmp_path, *overrides)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+
+
+def test_resume_of_a_folder_with_other_files(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "thesis.tex").write_text("years of work")
+    result = run_cli(tmp_path, "--resume")
+    assert result.exit_code == 2
+    assert "no run to resume" in result.output
+
+
+def test_a_diverging_run_and_one_that_learns_nothing_exit_with_2(tmp_path):
+    diverged = run_cli(tmp_path, "backend.poison_step=1", "training.max_bad_updates=1")
+    assert diverged.exit_code == 2
+    assert "not finite" in diverged.output
+    constant = ("rewards.0.name=toy.rewards.constant", "regularisers=[]", "name=still")
+    still = run_cli(tmp_path, *constant, "optimizer.weight_decay=0")
+    assert still.exit_code == 2
+    assert "identical to the initial" in still.output.replace("\n", " ")
+
+
+def test_prompts_in_another_encoding_name_the_line(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "a"}\n{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
+    result = run_cli(tmp_path, f"prompts.source={path}")
+    assert result.exit_code == 2
+    assert ":2: not valid JSON" in result.output.replace("\n", "")
+
+
+def test_other_line_separators_may_stand_in_a_prompt(tmp_path):
+    from mmrl.prompts.dataset import load_prompts
+
+    path = tmp_path / "separators.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n', encoding="utf-8")
+    assert [p.text for p in load_prompts(path, "prompts.source")] == ["a\u2028b", "c"]
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    result = run_cli(tmp_path, "tracking.trackers=[tensorboard]", "training.num_steps=1")
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / "toy" / "tensorboard").rglob("events.out.tfevents.*"))
 
 
 def test_check_prints_the_arithmetic(tmp_path):

@@ -31,6 +31,12 @@ def hangs_on_first(prompts, outputs, target, **columns):
     return near_target(prompts, outputs, target)
 
 
+def fails_on_first(prompts, outputs, target, **columns):
+    if prompts[0].endswith("0"):
+        raise RuntimeError("no answer")
+    return near_target(prompts, outputs, target)
+
+
 def slow(prompts, outputs, target, **columns):
     time.sleep(0.03)
     return near_target(prompts, outputs, target)

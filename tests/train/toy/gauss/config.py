@@ -15,10 +15,11 @@ class Config(StrictModel):
     knows_logp: bool = False
     off_policy: bool = False
     poison_step: int | None = None
+    terms: list[str] = Field(default=["logp", "logp_ref"])
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"logp", "logp_ref"})
+        return frozenset(self.terms)
 
     @property
     def mixed_precision(self) -> str:

@@ -1,0 +1,178 @@
+"""Two processes that share the weights (FSDP2) end where one process ends.
+
+accelerate shards on accelerators only: on the CPU it ignores the plugin.  The processes below hand
+it the plugin afterwards, and from there on everything is what ``accelerate launch`` would run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_tiny_sd3_runs import small_config
+from toy.run import metrics_of, weights_of
+
+from mmrl.config import parse
+from mmrl.runner import train
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RUNS = {
+    # Trained float32 next to frozen bfloat16 in one sharded block.
+    "adapter": ("backend.model.dtype=bf16", "optimizer.learning_rate=1e-4"),
+    "whole": ("backend.model.lora=null", "optimizer.learning_rate=1e-4"),
+}
+COMMON = (
+    "backend.likelihood.behaviour=ema",
+    "rewards=[{name: jpeg_compressibility}]",
+    "evaluation.rewards=[{name: jpeg_compressibility}]",
+    "evaluation.every=2",
+    "training.num_steps=2",
+    "training.prompts_per_step=2",
+    "training.micro_batch_size=2",
+)
+
+
+def sharding_accelerator(*args, **options):
+    """What ``make_accelerator`` returns under ``fsdp2.yaml``, on CPU processes."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from mmrl.distributed import make_accelerator
+
+    accelerator = make_accelerator(*args, **options)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    return accelerator
+
+
+def main(folder: Path) -> None:
+    """Train each configuration of ``folder``; then lose its last checkpoint and resume."""
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+
+    import mmrl.runner
+
+    mmrl.runner.make_accelerator = sharding_accelerator
+    for name in RUNS:
+        config = parse(yaml.safe_load((folder / name / "config.yaml").read_text()))
+        AcceleratorState._reset_state()
+        run = train(config)
+        if dist.get_rank() == 0:
+            shutil.copytree(run, folder / name / "unbroken")
+            shutil.rmtree(run / "checkpoint-2")
+        dist.barrier()
+        AcceleratorState._reset_state()
+        train(config, resume=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with, for each configuration: ``one`` process, two ``unbroken``, two resumed."""
+    folder = tmp_path_factory.mktemp("sharded")
+    configs = {}
+    for name, options in RUNS.items():
+        (folder / name).mkdir()
+        configs[name] = small_config(folder / name, *COMMON, *options)
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(configs[name]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, config in configs.items():
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+        train(parse({**config, "output_dir": str(folder / name / "one")}))
+    return folder
+
+
+def test_sharded_full_training_equals_one_process(runs):
+    """References and averages included: they are the copies that sharding could leave stale."""
+    one, two = runs / "whole" / "one", runs / "whole" / "unbroken"
+    left, right = weights_of(one), weights_of(two)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        # Sums in another order; Adam scales what they leave of tiny gradients up to its rate.
+        torch.testing.assert_close(right[name], value, rtol=1e-4, atol=2e-5, msg=name)
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_sharded_adapter_follows_one_process(runs):
+    """As far as bfloat16 activations in batches of other sizes agree."""
+    one, two = (metrics_of(runs / "adapter" / name) for name in ("one", "unbroken"))
+    for a, b in zip(one, two, strict=True):
+        for name in ("velocity_norm", "velocity_norm_ratio", "grad_norm", "reward"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=0.05), name
+    shapes = [
+        {k: (v.shape, v.dtype) for k, v in weights_of(runs / "adapter" / name).items()}
+        for name in ("one", "unbroken")
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_sharded_runs_resume_to_the_bit(runs, name):
+    left, right = weights_of(runs / name / "unbroken"), weights_of(runs / name / "run")
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    before, after = metrics_of(runs / name / "unbroken"), metrics_of(runs / name / "run")
+    assert before == after
+
+
+def averages(run: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of the last checkpoint, by parameter name."""
+    state = load_file(run / "checkpoint-2" / "auxiliary.safetensors")
+    return {k.removeprefix("average:"): v for k, v in state.items() if k.startswith("average:")}
+
+
+def test_the_exported_network_is_the_average_and_loads_in_diffusers(runs):
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    run = runs / "whole" / "unbroken"
+    folder = run / "final" / "transformer"
+    network = SD3Transformer2DModel.from_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["_class_name"] == type(network).__name__
+    expected, found = averages(run), dict(network.named_parameters())
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_exported_adapter_is_the_average_and_loads_in_diffusers(runs):
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+        StableDiffusion3Pipeline,
+    )
+
+    run = runs / "adapter" / "unbroken"
+    pipeline = StableDiffusion3Pipeline.from_pretrained(ROOT / "assets" / "tiny-sd3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline.load_lora_weights(run / "final")
+    found = {
+        name.replace(".default_0.", ".default."): value
+        for name, value in pipeline.transformer.named_parameters()
+        if "lora_" in name
+    }
+    expected = averages(run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
