@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion.config import DTYPES, Config
 from diffusion.lora import add_lora
-from diffusion.models.base import locate, vae_scale_factor
+from diffusion.models.base import locate, read_json, vae_scale_factor
 from diffusion.weights import trainable
 from mmrl.resolve import resolve
 
@@ -63,17 +64,53 @@ def describe(config: Config) -> list[str]:
 
 
 def estimate_memory(config: Config) -> dict[str, float]:
-    """Bytes of ``weights`` (the transformer), ``gradients_and_optimizer`` (AdamW), and roughly
-    ``activations_per_sample``: of one sample of a micro-batch with all its noise levels.
+    """Bytes of ``weights`` (the transformer), ``gradients_and_optimizer`` (AdamW), the float32
+    ``copies_of_trained_weights``, the ``autoencoder``, the ``text_encoders`` (freed before training
+    starts), and roughly ``activations_per_sample``: of one sample of a micro-batch with all its
+    noise levels.  Of one process that shares nothing with others.
     """
     sizes = outline(config)
     width = torch.empty((), dtype=DTYPES[config.model.dtype]).element_size()
     frozen = sizes.total * width if config.model.lora is not None else 0
+    folder = locate(config.model.path, weights=False)
+    encoders = [f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
     return {
         "weights": float(frozen + sizes.trained * 4),
         "gradients_and_optimizer": float(sizes.trained * 4 * 3),
+        "copies_of_trained_weights": float(sizes.trained * 4 * _copies(config)),
+        "autoencoder": float(_parameters(folder, "vae") * width),
+        "text_encoders": float(sum(_parameters(folder, name) for name in encoders) * width),
         "activations_per_sample": _activations(config, sizes, width),
     }
+
+
+def _copies(config: Config) -> int:
+    """Copies of the trained weights, at most: which terms a run needs is not known here.
+
+    phi, the average, the reference of full fine-tuning, and the live weights while one of them
+    stands in.
+    """
+    average = config.likelihood.evaluation_ema_decay is not None
+    return 2 + average + (config.model.lora is None)
+
+
+def _parameters(folder: Path, part: str) -> int:
+    """Parameters of a frozen part, from its configuration; 0 where the pipeline has none."""
+    library, name = read_json(folder, "model_index.json").get(part) or (None, None)
+    if name is None:
+        return 0
+    source = read_json(folder, part, "config.json")
+    with torch.device("meta"):
+        if library == "transformers":
+            import transformers
+
+            kind = getattr(transformers, name)
+            network = kind(kind.config_class.from_dict(source))
+        else:
+            import diffusers
+
+            network = getattr(diffusers, name).from_config(source)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _activations(config: Config, sizes: Outline, width: int) -> float:

@@ -99,7 +99,7 @@ def _write(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
 
 
 def _distributed_like(target: Tensor, source: Tensor) -> Tensor:
-    """A whole ``source`` cut up like ``target``; ``source`` itself where there is nothing to cut."""
+    """A whole ``source`` cut up like ``target``, where that is sharded."""
     if not isinstance(target, DTensor) or isinstance(source, DTensor):
         return source
     mesh = target.device_mesh

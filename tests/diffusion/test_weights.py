@@ -6,8 +6,10 @@ import contextlib
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from diffusion.weights import Snapshot, ema_decay, evaluation_decay, trainable
+from diffusion.weights import Snapshot, ema_decay, evaluation_decay, reshard, trainable
 
 
 def parameters(*values):
@@ -77,6 +79,42 @@ def test_loading_refuses_other_parameters():
     assert snapshot.state()["0"].item() == 7.0
     with pytest.raises(ValueError, match="another set"):
         snapshot.load({"1": torch.tensor([7.0])})
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A device mesh of one process."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_forward_never_sees_weights_of_another_swap(mesh):
+    """FSDP2 keeps gathered weights after a forward without a backward."""
+    network = fully_shard(torch.nn.Linear(1, 1, bias=False), mesh=mesh)
+    one = torch.ones(1, 1)
+
+    def fill(value):
+        with torch.no_grad():
+            trainable(network)["weight"].fill_(value)
+
+    fill(2.0)
+    snapshot = Snapshot(trainable(network))
+    fill(3.0)
+    with torch.no_grad():
+        assert network(one).item() == 3.0
+        with snapshot.applied(trainable(network)):
+            assert network(one).item() == 2.0
+        reshard(network)
+        assert network(one).item() == 3.0
+    fill(5.0)
+    snapshot.move_towards(trainable(network), 0.5)
+    assert snapshot.state()["weight"].item() == 3.5
+    assert type(snapshot.state()["weight"]) is torch.Tensor
+    snapshot.load({"weight": torch.full((1, 1), 7.0)})
+    with torch.no_grad(), snapshot.applied(trainable(network)):
+        assert network(one).item() == 7.0
 
 
 def test_frozen_parameters_are_not_trained():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from test_tiny_sd3_runs import small_config
 from toy.run import metrics_of, weights_of
@@ -31,11 +32,15 @@ RUNS = {
     "adapter": ("backend.model.dtype=bf16", "optimizer.learning_rate=1e-4"),
     "whole": ("backend.model.lora=null", "optimizer.learning_rate=1e-4"),
 }
+RESUMED = "adapter"
 COMMON = (
     "backend.likelihood.behaviour=ema",
     "rewards=[{name: jpeg_compressibility}]",
     "evaluation.rewards=[{name: jpeg_compressibility}]",
     "evaluation.every=2",
+    "evaluation.max_prompts=1",
+    "backend.rollout.num_steps=2",
+    "training.group_size=2",
     "training.num_steps=2",
     "training.prompts_per_step=2",
     "training.micro_batch_size=2",
@@ -57,28 +62,28 @@ def sharding_accelerator(*args, **options):
 
 
 def main(folder: Path) -> None:
-    """Train each configuration of ``folder``; then lose its last checkpoint and resume."""
-    import torch.distributed as dist
-    from accelerate.state import AcceleratorState
-
+    """Train each configuration of ``folder``; one loses its last checkpoint and resumes."""
     import mmrl.runner
 
     mmrl.runner.make_accelerator = sharding_accelerator
+    PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
     for name in RUNS:
         config = parse(yaml.safe_load((folder / name / "config.yaml").read_text()))
         AcceleratorState._reset_state()
         run = train(config)
-        if dist.get_rank() == 0:
+        if PartialState().is_main_process:
             shutil.copytree(run, folder / name / "unbroken")
-            shutil.rmtree(run / "checkpoint-2")
-        dist.barrier()
-        AcceleratorState._reset_state()
-        train(config, resume=True)
+            if name == RESUMED:
+                shutil.rmtree(run / "checkpoint-2")
+        PartialState().wait_for_everyone()
+        if name == RESUMED:
+            AcceleratorState._reset_state()
+            train(config, resume=True)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with, for each configuration: ``one`` process, two ``unbroken``, two resumed."""
+    """A folder with, for each configuration: ``one`` process, and two (``unbroken``)."""
     folder = tmp_path_factory.mktemp("sharded")
     configs = {}
     for name, options in RUNS.items():
@@ -89,12 +94,10 @@ def runs(tmp_path_factory):
     command = [sys.executable, *launcher, str(Path(__file__).resolve()), str(folder)]
     environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for name, config in configs.items():
-        from accelerate.state import AcceleratorState
-
         AcceleratorState._reset_state()
         train(parse({**config, "output_dir": str(folder / name / "one")}))
     return folder
@@ -116,7 +119,7 @@ def test_sharded_adapter_follows_one_process(runs):
     """As far as bfloat16 activations in batches of other sizes agree."""
     one, two = (metrics_of(runs / "adapter" / name) for name in ("one", "unbroken"))
     for a, b in zip(one, two, strict=True):
-        for name in ("velocity_norm", "velocity_norm_ratio", "grad_norm", "reward"):
+        for name in ("velocity_norm", "velocity_norm_ratio", "reward"):
             if name in a:
                 assert b[name] == pytest.approx(a[name], rel=0.05), name
     shapes = [
@@ -126,13 +129,12 @@ def test_sharded_adapter_follows_one_process(runs):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_sharded_runs_resume_to_the_bit(runs, name):
-    left, right = weights_of(runs / name / "unbroken"), weights_of(runs / name / "run")
+def test_a_sharded_run_resumes_to_the_bit(runs):
+    before, after = runs / RESUMED / "unbroken", runs / RESUMED / "run"
+    left, right = weights_of(before), weights_of(after)
     assert left.keys() == right.keys()
-    assert [key for key in left if not torch.equal(left[key], right[key])] == []
-    before, after = metrics_of(runs / name / "unbroken"), metrics_of(runs / name / "run")
-    assert before == after
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert metrics_of(before) == metrics_of(after)
 
 
 def averages(run: Path) -> dict[str, torch.Tensor]:
