@@ -81,6 +81,7 @@ def measure(
         Phase(name="rollout alone", seconds=statistics.median(alone), flops=rollout_flops),
         Phase(name="rollout, rewards beside it", seconds=median("time/rollout")),
         Phase(name="waiting for rewards", seconds=median("time/reward")),
+        Phase(name="reward calls, in their threads", seconds=median("time/reward_calls")),
         Phase(name="update", seconds=median("time/update"), flops=update_flops),
         Phase(name="whole step", seconds=median("step_time"), flops=rollout_flops + update_flops),
     ]

@@ -51,7 +51,7 @@ class Commands(TyperGroup):
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt as interruption:
             # The training loop says here what was saved.
-            _complain("interrupted", str(interruption))
+            _complain("interrupted", str(interruption) or "nothing was saved")
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -90,7 +90,22 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
             "DeepSpeed makes its step inside backward, before gradients are clipped and checked, "
             "and is not supported yet; use configs/accelerate/fsdp2.yaml or multi_gpu.yaml"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UserError(
+                "FSDP version 1 hides parameters in flat buffers and is not supported; set "
+                "fsdp_config.fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"
+            )
+        keep_own_dtypes(accelerator)
     return accelerator
+
+
+def keep_own_dtypes(accelerator: Accelerator) -> None:
+    """Undo accelerate's FSDP2 mixed precision; the backend's autocast chooses dtypes.
+
+    It would round the inputs (noise levels too) and the reduced gradients to half precision.
+    """
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 def share_cores(environment: Mapping[str, str]) -> None:

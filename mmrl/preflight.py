@@ -114,7 +114,7 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
         ("objective", _pipeline(config)),
         *(_key_value(line) for line in backend.describe(config.backend.config)),
         *((f"memory: {name}", human_bytes(value)) for name, value in memory.items()),
-        ("memory: total", human_bytes(sum(memory.values()))),
+        ("memory: at most", human_bytes(sum(memory.values()))),
     ]
 
 

@@ -112,7 +112,9 @@ def _folder(model_name: str) -> str:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # With its index: reward threads start out with device 0 whatever the process uses.
+        cuda = torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     try:
         return torch.device(name)
     except RuntimeError as error:

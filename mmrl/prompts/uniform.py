@@ -1,4 +1,4 @@
-"""Every prompt equally often: seeded shuffles of the whole set, one after another."""
+"""Every prompt about equally often: seeded shuffles of the whole set, one after another."""
 
 from __future__ import annotations
 

@@ -51,13 +51,16 @@ def sharding_accelerator(*args, **options):
     """What ``make_accelerator`` returns under ``fsdp2.yaml``, on CPU processes."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from mmrl.distributed import make_accelerator
+    from mmrl.distributed import keep_own_dtypes, make_accelerator
 
     accelerator = make_accelerator(*args, **options)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
     )
+    # As a launch in bf16 would leave it, which rounds inputs and outputs, and undone again.
+    accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
+    keep_own_dtypes(accelerator)
     return accelerator
 
 
