@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,9 +52,7 @@ def locate(path: str, *, weights: bool) -> Path:
 
 
 def quiet_libraries() -> None:
-    """No progress bar for each file, and no remark of xformers on how it was built."""
-    # diffusers imports xformers wherever it is installed; whether it works is tried, not read.
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    """No progress bar for each file that is read."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
