@@ -53,8 +53,8 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             memory_efficient_attention,
         )
 
-    swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return memory_efficient_attention(*swapped).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return memory_efficient_attention(query, key, value).transpose(1, 2)
 
 
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "xformers": xformers, "flash": flash}
