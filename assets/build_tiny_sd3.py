@@ -8,8 +8,8 @@ and writes a folder that `StableDiffusion3Pipeline.from_pretrained` loads, the p
 manifest.  Training stops while the model still garbles about half of the held-out texts: it knows
 every glyph, but it is no reliable writer, which leaves room for a reward to improve it.
 
-Everything is drawn from --seed.  On two CPU cores that nothing else uses the whole build takes
-about a quarter of an hour.  Floating-point sums differ between machines and library versions, so
+Everything is drawn from --seed.  The shipped build took 23 minutes on two CPU cores that other
+programs used as well.  Floating-point sums differ between machines and library versions, so
 a rebuild gives an equal pipeline, not the same bytes.
 """
 
