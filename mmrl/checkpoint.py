@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from mmrl.distributed import load_zero_moments, uses_zero, zero_moments
 from mmrl.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -79,15 +80,11 @@ def save(
     accelerator.wait_for_everyone()
     # Collective for sharded models, so every process asks; the main one alone writes the answer.
     names = trained_names(trained.model, accelerator)
-    everything = get_model_state_dict(trained.model, options=_OPTIONS)
+    everything = get_model_state_dict(_network(trained.model, accelerator), options=_OPTIONS)
     weights = {name: value for name, value in everything.items() if name in names}
     # torch fills an empty state by making a step, which would count as one ever after.
     started = bool(trained.optimizer.state)
-    moments = (
-        get_optimizer_state_dict(trained.model, trained.optimizer, options=_OPTIONS)
-        if started
-        else {}
-    )
+    moments = _moments(accelerator, trained) if started else {}
     torch.save(random_state(), temporary / f"random-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -110,8 +107,10 @@ def load(folder: Path, accelerator: Accelerator, trained: Trained) -> tuple[Prog
     """Restore everything; returns the progress and the auxiliary tensors."""
     auxiliary = load_weights(folder, accelerator, trained.model)
     moments = torch.load(folder / "optimizer.pt", weights_only=True)
+    if uses_zero(accelerator):
+        trained.optimizer.refresh_fp32_params()  # type: ignore[attr-defined]  # its own copy
     if moments:
-        set_optimizer_state_dict(trained.model, trained.optimizer, moments, options=_OPTIONS)
+        _load_moments(accelerator, trained, moments)
     trained.scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
     if accelerator.scaler is not None and (folder / SCALER).is_file():
         accelerator.scaler.load_state_dict(torch.load(folder / SCALER, weights_only=True))
@@ -133,7 +132,7 @@ def load_weights(
     missing = trained_names(model, accelerator) - weights.keys()
     if missing:
         raise UserError(f"checkpoint {folder} lacks the trained parameters {sorted(missing)[:3]}")
-    set_model_state_dict(model, weights, options=_OPTIONS)
+    set_model_state_dict(_network(model, accelerator), weights, options=_OPTIONS)
     return load_file(folder / "auxiliary.safetensors")
 
 
@@ -141,6 +140,25 @@ def trained_names(model: torch.nn.Module, accelerator: Accelerator) -> set[str]:
     """Names of the trained parameters; frozen ones and buffers come from the base model."""
     bare = accelerator.unwrap_model(model)
     return {name for name, value in bare.named_parameters() if value.requires_grad}
+
+
+def _network(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """The model in a wrapping that torch's functions for states know: not in DeepSpeed's engine."""
+    return accelerator.unwrap_model(model) if uses_zero(accelerator) else model
+
+
+def _moments(accelerator: Accelerator, trained: Trained) -> dict[str, Any]:
+    """State of the optimizer by parameter name, gathered; the same under every launcher."""
+    if uses_zero(accelerator):
+        return zero_moments(_network(trained.model, accelerator), trained.optimizer)
+    return get_optimizer_state_dict(trained.model, trained.optimizer, options=_OPTIONS)
+
+
+def _load_moments(accelerator: Accelerator, trained: Trained, moments: dict[str, Any]) -> None:
+    if uses_zero(accelerator):
+        load_zero_moments(_network(trained.model, accelerator), trained.optimizer, moments)
+    else:
+        set_optimizer_state_dict(trained.model, trained.optimizer, moments, options=_OPTIONS)
 
 
 def found(run: Path) -> list[Path]:

@@ -33,7 +33,12 @@ from torch.distributed.tensor import DTensor
 from mmrl import checkpoint, preflight
 from mmrl.backend import Backend
 from mmrl.config import RunConfig, parse, read_yaml
-from mmrl.distributed import any_process, make_accelerator
+from mmrl.distributed import (
+    any_process,
+    clip_inside_zero,
+    make_accelerator,
+    torch_optimizer,
+)
 from mmrl.errors import UserError
 from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
 from mmrl.metrics import MetricsFile
@@ -289,12 +294,13 @@ def make_trainer(session: Session) -> Trainer:
         eps=section.eps,
         weight_decay=section.weight_decay,
     )
+    clip_inside_zero(accelerator, section.max_grad_norm)
     # `prepare` wraps the model for any launcher configuration; the backend uses the wrapped one.
     session.backend.model, prepared = accelerator.prepare(session.backend.model, optimizer)
     training = config.training
     updates = training.num_steps * training.num_epochs * training.updates_per_epoch
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        prepared.optimizer,
+        torch_optimizer(prepared),
         lambda n: _lr_factor(section.schedule, section.warmup_updates, updates, n),
     )
     return Trainer(

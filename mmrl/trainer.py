@@ -202,7 +202,8 @@ class Trainer:
                 gap = largest_gap(gap, (replayed - known)[batch.mask])
         error: Exception | None = None
         try:
-            refuse_gap(gap, self.accelerator.mixed_precision)
+            section = self.config.backend.config
+            refuse_gap(gap, section.mixed_precision)  # type: ignore[attr-defined]
         except UserError as refusal:
             error = refusal
         agree_or_raise(self.accelerator, error)
@@ -295,6 +296,8 @@ class Trainer:
         return total
 
     def _optimizer_step(self, means: Means) -> None:
+        # DeepSpeed has clipped, and stepped if the norm was finite, inside the last backward; then
+        # accelerate only answers with that norm, and its optimizer's methods do nothing.
         parameters = [p for p in self.backend.model.parameters() if p.requires_grad]
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
         # `loss` counts once for each optimizer step, on the main process alone.
