@@ -105,7 +105,9 @@ def keep_own_dtypes(accelerator: Accelerator) -> None:
 
     It would round the inputs (noise levels too) and the reduced gradients to half precision.
     """
-    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    plugin = accelerator.state.fsdp_plugin
+    assert plugin is not None, "only called under FSDP"
+    plugin.mixed_precision_policy = None
 
 
 def uses_zero(accelerator: Accelerator) -> bool:

@@ -38,6 +38,7 @@ from mmrl.distributed import (
     clip_inside_zero,
     make_accelerator,
     torch_optimizer,
+    uses_zero,
 )
 from mmrl.errors import UserError
 from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
@@ -344,7 +345,8 @@ def _load_last(session: Session, run: Path | None) -> None:
     found = checkpoint.found(run)
     if not found:
         raise UserError(f"{run} holds no checkpoint yet")
-    session.backend.model = session.accelerator.prepare(session.backend.model)
+    if not uses_zero(session.accelerator):  # which wants an optimizer, and there is none
+        session.backend.model = session.accelerator.prepare(session.backend.model)
     auxiliary = checkpoint.load_weights(found[-1], session.accelerator, session.backend.model)
     session.backend.load_auxiliary_state(auxiliary)
 
