@@ -96,12 +96,16 @@ def test_malformed_prompts_name_the_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("command", ["train", "check"])
-def test_a_missing_model_is_named(command):
+def test_a_missing_model_is_named(tmp_path, command):
     path = str(ROOT / "configs" / "quickstart.yaml")
-    overrides = ["backend.model.path=no/such/model", f"prompts.source={ROOT}/README.md"]
     prompts = ROOT / "tests" / "train" / "prompts.jsonl"
-    overrides[1] = f"prompts.source={prompts}"
-    overrides += [f"evaluation.source={prompts}", "training.prompts_per_step=1"]
+    overrides = [
+        "backend.model.path=no/such/model",
+        f"output_dir={tmp_path / 'run'}",
+        f"prompts.source={prompts}",
+        f"evaluation.source={prompts}",
+        "training.prompts_per_step=1",
+    ]
     result = CliRunner().invoke(app, [command, path, *overrides])
     assert result.exit_code == 2, result.output
     assert "no/such/model" in result.output
