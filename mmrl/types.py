@@ -147,8 +147,21 @@ class PolicyTerms:
     """What a backend computed for a micro-batch; a field is ``None`` unless it was asked for.
 
     All are [B, K], float32 or float64, and differentiable with respect to the policy except
-    ``logp_ref`` and ``sigma``.  ``velocity_gap_reference`` / ``velocity_gap_ema``: mean over latent
-    dimensions of (v - v_other)^2.  ``sigma``: noise level of the decision in [0, 1], 1 = noise.
+    ``logp_ref`` and the four numbers of a step named last.  Means are over latent dimensions.
+
+    Any flow model: ``velocity_gap_reference`` / ``velocity_gap_ema``: mean (v - v_other)^2.
+    ``implicit_positive`` / ``implicit_negative``: x0-prediction errors of the policies implied by
+    v_old +- beta (v - v_old), each over its own detached mean absolute error and over beta
+    (DiffusionNFT).
+
+    Denoising transitions N(mu, S^2): ``mean_gap_old`` / ``mean_gap_reference`` /
+    ``mean_gap_teacher``: mean (mu - mu_other)^2 against the sampling policy, the frozen model and
+    the teacher of the sample's task, at the same state.
+
+    Of the step: ``sigma``: noise level in [0, 1], 1 = noise.  ``step_size``: -dt > 0, the fall of
+    sigma.  ``step_std``: S.  ``diffusion``: g with S = g sqrt(-dt) (S itself for ``cps``, which has
+    none); both 0 for ODE steps.
+
     ``metrics``: (sum, count) pairs to log.
     """
 
@@ -157,7 +170,15 @@ class PolicyTerms:
     entropy: Tensor | None = None
     velocity_gap_reference: Tensor | None = None
     velocity_gap_ema: Tensor | None = None
+    implicit_positive: Tensor | None = None
+    implicit_negative: Tensor | None = None
+    mean_gap_old: Tensor | None = None
+    mean_gap_reference: Tensor | None = None
+    mean_gap_teacher: Tensor | None = None
     sigma: Tensor | None = None
+    step_size: Tensor | None = None
+    step_std: Tensor | None = None
+    diffusion: Tensor | None = None
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -179,7 +200,15 @@ OPTIONAL_TERMS = (
     "entropy",
     "velocity_gap_reference",
     "velocity_gap_ema",
+    "implicit_positive",
+    "implicit_negative",
+    "mean_gap_old",
+    "mean_gap_reference",
+    "mean_gap_teacher",
     "sigma",
+    "step_size",
+    "step_std",
+    "diffusion",
 )
 TERMS = ("logp", *OPTIONAL_TERMS)
 
