@@ -93,11 +93,10 @@ def _check_noise(kernel: str, noise_level: float) -> None:
 
 
 def _check_stable(kernel: str, table: StepTable, noise_level: float) -> None:
-    """Refuse a step whose mean is more than the whole state away from it, on its other side.
+    """Refuse a step that overshoots so far that it amplifies the state: a factor of x below -1.
 
-    Below -1 the factor of x amplifies the state, as an explicit Euler step does when it is longer
-    than twice the time in which the drift acts.  ``flow_sde`` gets there on a grid that starts just
-    below 1, where g^2 is about a^2 / (1 - sigma).
+    It is the stability limit of explicit Euler steps.  ``flow_sde`` passes it on a grid that starts
+    just below 1, where g^2 is about a^2 / (1 - sigma).
     """
     factor, step = float(table.x.min()), int(table.x.argmin())
     if factor < -1:
