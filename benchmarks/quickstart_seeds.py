@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import judges, tables
+from benchmarks.runs import metered, train_command
 
 METRIC = "eval/ocr_exact"
 TARGET = 0.90
@@ -119,20 +119,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: Path, runs: Path, seed: int, overrides: Sequence[str]) -> Run:
     """Run ``mmrl train`` and note its CPU time whenever a line of metrics appears."""
-    name = f"{config.stem}-seed{seed}"
-    folder = runs / name
-    command = [sys.executable, "-m", "mmrl", "train", str(config), *overrides]
-    command += [f"seed={seed}", f"name={name}", f"output_dir={folder}"]
-    before, started = _children_cpu(), time.perf_counter()
-    process = subprocess.Popen(command, cwd=tables.ROOT)
-    cpu_at_line = _watch(process, folder / "metrics.jsonl")
-    wall, cpu = time.perf_counter() - started, _children_cpu() - before
+    folder = runs / f"{config.stem}-seed{seed}"
+    command = train_command(config, folder, [*overrides, f"seed={seed}"])
+    with metered() as cost:
+        process = subprocess.Popen(command, cwd=tables.ROOT)
+        cpu_at_line = _watch(process, folder / "metrics.jsonl")
     if process.returncode:
         raise SystemExit(f"seed {seed}: the training command ended with {process.returncode}")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    cpu_at_line += [cpu] * (len(rows) - len(cpu_at_line))
-    return Run(folder=folder, rows=rows, cpu_at_line=cpu_at_line, wall=wall, cpu=cpu)
+    cpu_at_line += [cost.cpu] * (len(rows) - len(cpu_at_line))
+    return Run(folder=folder, rows=rows, cpu_at_line=cpu_at_line, wall=cost.wall, cpu=cost.cpu)
 
 
 def first_reaching(
@@ -176,11 +173,6 @@ def _watch(process: subprocess.Popen[bytes], metrics: Path) -> list[float]:
             cpu_at_line += [used.user + used.system] * new
         time.sleep(POLL_SECONDS)
     return cpu_at_line
-
-
-def _children_cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 # Pictures
