@@ -105,7 +105,7 @@ def _check_stable(kernel: str, table: StepTable, noise_level: float) -> None:
         raise UserError(
             f"noise_level = {noise_level} with kernel {kernel!r} is too large for this grid: step "
             f"{step}, from sigma = {float(table.sigma[step]):.4g}, would multiply the state by "
-            f"{factor:.3g}; allowed: at most {largest:.2g}, or a grid that starts at 1"
+            f"{factor:.3g}; allowed: at most about {largest:.2g}, or a grid that starts at 1"
         )
 
 
