@@ -90,11 +90,10 @@ def measure(
 
 def feed_forward_shape(session: runner.Session) -> tuple[int, int, int]:
     """[m, k, n] of the first feed-forward product of an update: image tokens, width, 4 width."""
-    section: Any = session.config.backend.config
     network: Any = session.accelerator.unwrap_model(session.backend.model)
     _, height, width = session.backend._shape  # type: ignore[attr-defined]
     tokens = height * width // network.config.patch_size**2
-    rows = session.config.training.micro_batch_size * section.likelihood.num_times
+    rows = session.config.training.micro_batch_size
     return rows * tokens, network.inner_dim, 4 * network.inner_dim
 
 

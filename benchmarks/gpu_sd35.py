@@ -139,6 +139,10 @@ class PipelinelessSD3(SD3):
         """See ``SD3.latent_shape``."""
         return latent_shape(self.transformer.config, PIXELS_PER_LATENT, height, width)
 
+    def shift(self, height: int | None, width: int | None) -> float | None:
+        """None of its own."""
+        return None
+
     def decode(self, latents: Tensor) -> list[Any]:
         """No pictures: one ``None`` each."""
         return [None] * len(latents)
@@ -194,7 +198,8 @@ def all_variants(attention: Sequence[str], compile_backend: str | None) -> list[
 
 
 def load_recipe(size: Size, variant: Variant, images: int, micro_batch_size: int) -> RunConfig:
-    """The shipped recipe at this size."""
+    """The shipped recipe at this size, ``micro_batch_size`` images in one forward."""
+    times = configuration.load(RECIPE, size.overrides).backend.config.num_decisions  # type: ignore[attr-defined]
     return configuration.load(
         RECIPE,
         [
@@ -205,7 +210,7 @@ def load_recipe(size: Size, variant: Variant, images: int, micro_batch_size: int
             f"backend.rollout.batch_size={images}",
             "training.prompts_per_step=1",
             f"training.group_size={images}",
-            f"training.micro_batch_size={micro_batch_size}",
+            f"training.micro_batch_size={micro_batch_size * times}",
             *size.overrides,
         ],
     )
@@ -365,7 +370,7 @@ def count_work(size: Size) -> Work:
     )
 
     def forward() -> Tensor:
-        return family.velocity(network, row, torch.ones(1, device=meta), condition)
+        return family.velocity(network, row, torch.ones(1, device=meta), condition, 1.0)
 
     with torch.no_grad():
         sampling = count_flops(forward)

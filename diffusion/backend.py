@@ -1,35 +1,32 @@
-"""Flow-matching image models on diffusers, with the flow-matching likelihood of AWM.
+"""Flow-matching image models on diffusers, under one of two likelihoods.
 
-A sample is its clean latent x0.  Its decisions are noise levels t with their noise eps; both follow
-from (seed, step, prompt, sample), so every evaluation of a sample (policy, reference, average,
-behaviour policy, later epochs) sees the same draw.
+``flow_matching`` scores noise levels of the clean sample (AWM, DiffusionNFT); ``transition`` scores
+the steps of a stochastic sampler (Flow-GRPO, GRPO-Guard, DiffusionOPD).  All noise follows from
+(seed, step, prompt, sample), so every evaluation of a sample sees the same draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import noise, schedule
-from diffusion.attention import Availability, apply_attention, pick_attention
-from diffusion.config import DTYPES, Config, RolloutConfig
+from diffusion import sampling
+from diffusion.attention import Availability, pick_attention
+from diffusion.config import DTYPES, Config, FlowMatchingConfig
+from diffusion.decisions import OTHER_POLICIES, Decisions, Rows
 from diffusion.estimate import describe, estimate_memory
-from diffusion.likelihoods import (
-    draw_times,
-    interpolate,
-    mean_square,
-    surrogate_logp,
-    velocity_error,
-)
+from diffusion.likelihoods import mean_square
 from diffusion.lora import ADAPTER, adapters_off, prepare_weights
+from diffusion.matching import CleanLatents, FlowMatching
 from diffusion.models.base import Condition, locate, quiet_libraries
 from diffusion.noise import NoiseKey
+from diffusion.teachers import Teachers
+from diffusion.transition import Transition
 from diffusion.weights import (
     Snapshot,
     ema_decay,
@@ -39,37 +36,10 @@ from diffusion.weights import (
     whole,
 )
 from mmrl.resolve import resolve
-from mmrl.types import PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
+from mmrl.types import Anchor, PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
 
-PAPER = "Xue et al. 2025, arXiv:2509.25050"
+PAPER = "Xue et al. 2025, arXiv:2509.25050; Liu et al. 2025, arXiv:2505.05470"
 __all__ = ["PAPER", "Config", "DiffusionBackend", "build", "describe", "estimate_memory"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CleanLatents:
-    """Payload of a group: ``x0`` [G, C, h, w] float32 on the CPU, as sampled."""
-
-    x0: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowBatch:
-    """Payload of a micro-batch: ``x0`` [B, C, h, w], ``times`` [B, K], and whose noise is whose."""
-
-    x0: Tensor
-    times: Tensor
-    keys: tuple[NoiseKey, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoisyRows:
-    """K levels of B samples folded into one batch: row k B + b is level k of sample b."""
-
-    x0: Tensor
-    noise: Tensor
-    times: Tensor
-    noisy: Tensor
-    condition: Condition
 
 
 class DiffusionBackend:
@@ -83,11 +53,13 @@ class DiffusionBackend:
         *,
         needs: frozenset[str],
         attention: Availability,
+        teachers: Teachers | None = None,
     ) -> None:
         """``conditions``: encoded prompts by prompt id; "" is the empty prompt of guidance."""
         self.config = config
         self.attention = attention
-        self.notes = (f"attention: {attention.name} ({attention.reason})",)
+        kernel = f"attention: {attention.name} ({attention.reason})"
+        self.notes = (kernel, *_shift_note(config, family))
         self.model: nn.Module = family.transformer
         self.off_policy = config.likelihood.behaviour == "ema"
         self._bare: Any = family.transformer
@@ -97,6 +69,8 @@ class DiffusionBackend:
         self._device: torch.device = family.device
         self._dtype = DTYPES[config.model.dtype]
         self._shape = family.latent_shape(config.rollout.height, config.rollout.width)
+        self._decisions = _decisions(config)
+        self._teachers = teachers
         self._wanted = _wanted_copies(config, needs)
         self._copies: dict[str, Snapshot] = {}
 
@@ -105,46 +79,56 @@ class DiffusionBackend:
     ) -> Iterator[RolloutGroup]:
         """Yield one group for each request, in order; forwards run across group borders."""
         self._take_copies()
+        if self._teachers is not None and not evaluation:
+            self._teachers.refuse_untaught([request.prompt for request in requests])
         keys = [_key(request, index) for request in requests for index in range(request.group_size)]
-        samples = self._samples(keys, self.config.sampling(evaluation=evaluation))
+        samples = self._samples(keys, evaluation)
         for request in requests:
-            latents, images = zip(*(next(samples) for _ in range(request.group_size)), strict=True)
-            mask = torch.ones(request.group_size, self.config.likelihood.num_times).bool()
-            payload = CleanLatents(x0=torch.stack(latents))
-            yield RolloutGroup(request=request, outputs=images, payload=payload, mask=mask)
+            rows = [next(samples) for _ in range(request.group_size)]
+            records, images, logp = zip(*rows, strict=True)
+            pack = CleanLatents.pack if evaluation else self._decisions.pack
+            mask = torch.ones(request.group_size, self._decisions.num_decisions).bool()
+            yield RolloutGroup(
+                request=request,
+                outputs=images,
+                payload=pack(records),
+                mask=mask,
+                logp_old=None if logp[0] is None else torch.stack(logp),
+            )
 
-    def collate(self, rows: Sequence[tuple[RolloutGroup, int]]) -> tuple[FlowBatch, Tensor]:
-        """Payload and an all-true mask [B, K]."""
-        times = torch.stack([self._times(_key(group.request, index)) for group, index in rows])
-        payload = FlowBatch(
-            x0=torch.stack([group.payload.x0[index] for group, index in rows]),
-            times=times,
-            keys=tuple(_key(group.request, index) for group, index in rows),
-        )
-        return payload, torch.ones_like(times, dtype=torch.bool)
+    def collate(
+        self, rows: Sequence[tuple[RolloutGroup, int]], decisions: slice = slice(None)
+    ) -> tuple[Any, Tensor]:
+        """Payload and an all-true mask [B, K] of the decisions asked for."""
+        keyed = [(group.payload, index, _key(group.request, index)) for group, index in rows]
+        mask = torch.stack([group.mask[index, decisions] for group, index in rows])
+        return self._decisions.collate(keyed, decisions), mask
 
     def evaluate(self, batch: UpdateBatch, needs: frozenset[str]) -> PolicyTerms:
-        """logp [B, K] float64 and what ``needs`` asks for, all at the same (t, eps)."""
-        payload: FlowBatch = batch.payload
-        rows = self._noisy_rows(payload)
+        """logp [B, K] float64 and what ``needs`` asks for, all at the same states."""
+        rows = self._decisions.fold(batch.payload, self._device)
         # Other weights are swapped in and out before the policy builds its graph on the live ones.
         others = self._other_velocities(rows, needs)
-        velocity = self._velocity(rows.noisy, rows.times, rows.condition)
-
-        def fold(value: Tensor) -> Tensor:
-            return value.view(payload.times.shape[::-1]).T
-
-        likelihood = self.config.likelihood
-        error = velocity_error(velocity, rows.x0, rows.noise)
-        logp = surrogate_logp(error, rows.times, likelihood.weighting, likelihood.ghuber_power)
-        gaps = {name: fold(mean_square(velocity, other)) for name, other in others.items()}
-        norms = {name: fold(_norm(other)) for name, other in others.items()}
+        if batch.memory is not None and "mean_gap_old" in needs:
+            others["old"] = torch.stack(list(batch.memory), dim=1).flatten(0, 1).to(self._device)
+        velocity = self._policy(rows)
+        terms = self._decisions.terms(rows, velocity, others, needs)
+        norms = {name: rows.unfold(_norm(other)) for name, other in others.items()}
         return PolicyTerms(
-            logp=fold(logp),
-            sigma=fold(rows.times),
-            metrics=_norm_metrics(fold(_norm(velocity)), norms, batch.weights),
-            **gaps,
+            **{name: rows.unfold(value) for name, value in terms.items()},
+            metrics=_norm_metrics(rows.unfold(_norm(velocity)), norms, batch.weights),
         )
+
+    @torch.no_grad()
+    def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
+        """logp of each row, and its velocities [K, C, h, w] on the CPU where means are compared."""
+        rows = self._decisions.fold(batch.payload, self._device)
+        velocity = self._policy(rows)
+        logp = self._decisions.terms(rows, velocity, {}, frozenset())["logp"]
+        memory: Any = [None] * len(rows.keys)
+        if "mean_gap_old" in needs:
+            memory = rows.unfold(velocity).cpu()
+        return [Anchor(logp=x, memory=m) for x, m in zip(rows.unfold(logp), memory, strict=True)]
 
     def behaviour(self) -> AbstractContextManager[None]:
         """Within it the weights are those that sample: phi if the run is off-policy."""
@@ -159,7 +143,8 @@ class DiffusionBackend:
         self._take_copies()
         likelihood, live = self.config.likelihood, trainable(self._bare)
         if "ema" in self._copies:
-            decay = ema_decay(step, likelihood.ema.max_decay, likelihood.ema.rate)
+            ema = likelihood.ema
+            decay = ema_decay(step, ema.max_decay, ema.rate, ema.start)
             self._copies["ema"].move_towards(live, decay)
         if "average" in self._copies:
             assert likelihood.evaluation_ema_decay is not None
@@ -210,52 +195,93 @@ class DiffusionBackend:
 
     # Sampling
 
-    def _samples(
-        self, keys: Sequence[NoiseKey], sampling: RolloutConfig
-    ) -> Iterator[tuple[Tensor, Any]]:
-        """Clean latent [C, h, w] on the CPU and image, one pair for each key."""
-        for start in range(0, len(keys), sampling.batch_size):
-            batch = keys[start : start + sampling.batch_size]
-            latents = self._denoise(batch, sampling)
-            yield from zip(latents.cpu(), self._family.decode(latents), strict=True)
-
     @torch.no_grad()
-    def _denoise(self, keys: Sequence[NoiseKey], sampling: RolloutConfig) -> Tensor:
-        """Clean latents [B, C, h, w] float32."""
+    def _samples(
+        self, keys: Sequence[NoiseKey], evaluation: bool
+    ) -> Iterator[tuple[Any, Any, Tensor | None]]:
+        """Record, image and logp [K] (where sampling tells) of a sample, for each key."""
+        settings = self.config.sampling(evaluation=evaluation)
+        for start in range(0, len(keys), settings.batch_size):
+            batch = keys[start : start + settings.batch_size]
+            yield from self._draw(batch, evaluation)
+
+    def _draw(
+        self, keys: Sequence[NoiseKey], evaluation: bool
+    ) -> Iterator[tuple[Any, Any, Tensor | None]]:
         self.model.eval()
-        sigmas = schedule.sigma_grid(sampling.grid, sampling.num_steps, sampling.shift)
-        scheduler = schedule.build_scheduler(sampling.scheduler, sigmas, sampling.noise_level)
-        generators = [key.generator("sampler") for key in keys]
-        latents = noise.normal(keys, "initial", self._shape).to(self._device)
-        condition = self._condition([key.prompt_id for key in keys])
-        for index, sigma in enumerate(sigmas[:-1].tolist()):
-            velocity = self._guided(latents, sigma, condition, sampling.guidance)
-            latents = schedule.step(scheduler, index, velocity, latents, generators)
-        return latents
+        settings = self.config.sampling(evaluation=evaluation)
+        latents = sampling.initial_noise(keys, self._shape, settings.initial_noise)
+        latents = latents.to(self._device)
+        velocity = self._velocity_for([key.prompt_id for key in keys], settings.guidance)
+        logp: Any = [None] * len(keys)
+        if evaluation:
+            latents = sampling.integrate(keys, settings, velocity, latents)
+            records = list(latents.cpu())
+        else:
+            drawn = self._decisions.draw(keys, velocity, latents)
+            latents, records = drawn.latents, drawn.records
+            logp = logp if drawn.logp is None else drawn.logp
+        return zip(records, self._family.decode(latents), logp, strict=True)
 
-    def _guided(
-        self, latents: Tensor, sigma: float, condition: Condition, guidance: float
+    # Velocities
+
+    def _policy(self, rows: Rows) -> Tensor:
+        """float32 velocities [R, ...] of the policy that is trained."""
+        return self._velocity(rows, self.config.rollout.guidance)
+
+    def _velocity(self, rows: Rows, guidance: float, network: nn.Module | None = None) -> Tensor:
+        ids = [key.prompt_id for key in rows.keys]
+        if not (self._decisions.guided or self._family.embeds_guidance):
+            guidance = 1.0
+        velocity = self._velocity_for(ids, guidance, rows.num_decisions, network)
+        return velocity(rows.states, rows.sigma)
+
+    def _velocity_for(
+        self,
+        prompt_ids: Sequence[str],
+        guidance: float,
+        repeats: int = 1,
+        network: nn.Module | None = None,
+    ) -> sampling.Velocity:
+        """Guided velocity of rows that belong to ``prompt_ids``, ``repeats`` times over.
+
+        ``network``: another one than the trained.
+        """
+        condition = self._condition(prompt_ids).repeat(repeats)
+        doubled = guidance != 1.0 and not self._family.embeds_guidance
+        if doubled:
+            empty = self._condition([""] * len(prompt_ids)).repeat(repeats)
+            condition = Condition.stack([empty, condition], self._device)
+
+        def ask(latents: Tensor, sigma: Tensor) -> Tensor:
+            if not doubled:
+                return self._ask(network, latents, sigma, condition, guidance)
+            twice = latents.repeat(2, 1, 1, 1)
+            both = self._ask(network, twice, sigma.repeat(2), condition, guidance)
+            return self._family.guide(*both.chunk(2), guidance)
+
+        return ask
+
+    def _ask(
+        self,
+        network: nn.Module | None,
+        latents: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        guidance: float,
     ) -> Tensor:
-        """Velocity with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
-        times = torch.full((len(latents),), sigma, device=self._device)
-        if guidance == 1.0:
-            return self._velocity(latents, times, condition)
-        empty = self._condition([""] * len(latents))
-        both = Condition.stack([empty, condition], self._device)
-        doubled = self._velocity(latents.repeat(2, 1, 1, 1), times.repeat(2), both)
-        without, with_prompt = doubled.chunk(2)
-        return without + guidance * (with_prompt - without)
+        """float32 velocity of ``network``, or of ``self.model``, which accelerate may have wrapped.
 
-    def _velocity(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """float32 velocity of ``self.model``, which accelerate may have wrapped."""
-        # No autocast cache: it would keep half-precision copies of weights that were swapped.
+        No autocast cache: it would keep half-precision copies of weights that were swapped.
+        """
         with torch.autocast(
             self._device.type,
             self._dtype,
             enabled=self._dtype != torch.float32,
             cache_enabled=False,
         ):
-            return self._family.velocity(self.model, latents, times, condition)
+            network = self.model if network is None else network
+            return self._family.velocity(network, latents, sigma, condition, guidance)
 
     def _condition(self, prompt_ids: Sequence[str]) -> Condition:
         missing = sorted(set(prompt_ids) - self._conditions.keys())
@@ -263,49 +289,17 @@ class DiffusionBackend:
             raise ValueError(f"prompts {missing[:3]} were not among those given to build()")
         return Condition.stack([self._conditions[name] for name in prompt_ids], self._device)
 
-    # Likelihood
-
-    def _times(self, key: NoiseKey) -> Tensor:
-        """Noise levels [K] of a sample, the same for all that share them."""
-        likelihood, rollout = self.config.likelihood, self.config.rollout
-        scope: dict[str, list[str | int]] = {
-            "step": [],
-            "group": [key.prompt_id],
-            "sample": [key.prompt_id, key.sample],
-        }
-        grid = schedule.sigma_grid(rollout.grid, rollout.num_steps, rollout.shift)
-        return draw_times(
-            likelihood.time_sampler,
-            noise.generator(key.seed, key.stream, "times", *scope[likelihood.times_shared_by]),
-            likelihood.num_times,
-            grid=grid[:-1].tolist(),
-            fraction=likelihood.timestep_fraction,
-            shift=likelihood.shift,
-        )
-
-    def _noisy_rows(self, payload: FlowBatch) -> NoisyRows:
-        num_times = payload.times.shape[1]
-        eps = noise.normal(payload.keys, "likelihood", (num_times, *self._shape))
-        eps = eps.transpose(0, 1).flatten(0, 1).to(self._device)
-        x0 = payload.x0.to(self._device).repeat(num_times, 1, 1, 1)
-        times = payload.times.T.flatten().to(self._device)
-        condition = self._condition([key.prompt_id for key in payload.keys])
-        return NoisyRows(
-            x0=x0,
-            noise=eps,
-            times=times,
-            noisy=interpolate(x0, eps, times),
-            condition=condition.repeat(num_times),
-        )
-
     @torch.no_grad()
-    def _other_velocities(self, rows: NoisyRows, needs: frozenset[str]) -> dict[str, Tensor]:
-        """Velocities of the reference and of phi, under the names of their gaps."""
-        weights = {"velocity_gap_reference": self._reference, "velocity_gap_ema": self._ema}
+    def _other_velocities(self, rows: Rows, needs: frozenset[str]) -> dict[str, Tensor]:
+        """Velocities of other policies at the same states, by policy."""
+        policies = {OTHER_POLICIES[name] for name in needs & OTHER_POLICIES.keys()}
         found = {}
-        for name in sorted(needs & weights.keys()):
-            with weights[name]():
-                found[name] = self._velocity(rows.noisy, rows.times, rows.condition)
+        for policy in sorted(policies - {"teacher"}):
+            with self._reference() if policy == "reference" else self._with_copy(policy):
+                found[policy] = self._policy(rows)
+        if "teacher" in policies:
+            assert self._teachers is not None, "preflight refuses this"
+            found["teacher"] = self._teachers.velocities(rows, self._velocity)
         return found
 
     # Weights
@@ -314,9 +308,6 @@ class DiffusionBackend:
         """The model as it was loaded."""
         lora = self.config.model.lora is not None
         return adapters_off(self._bare) if lora else self._with_copy("reference")
-
-    def _ema(self) -> AbstractContextManager[None]:
-        return self._with_copy("ema")
 
     @contextmanager
     def _with_copy(self, name: str) -> Iterator[None]:
@@ -360,13 +351,33 @@ def build(
     conditions = _encode(family, prompts, config)
     family.release_encoders()
     prepare_weights(family.transformer, config.model, family_module.LORA_TARGETS, seed)
-    apply_attention(family.transformer, attention.name)
-    return DiffusionBackend(config, family, conditions, needs=needs, attention=attention)
+    teachers = Teachers.load(config, family, prompts) if config.teachers else None
+    family.use_attention(attention.name)
+    return DiffusionBackend(
+        config, family, conditions, needs=needs, attention=attention, teachers=teachers
+    )
+
+
+def _shift_note(config: Config, family: Any) -> list[str]:
+    """A line where the pipeline would derive another time shift from the size of the image."""
+    rollout = config.rollout
+    own = family.shift(rollout.height, rollout.width)
+    if own is None or abs(own - rollout.shift) < 1e-3 * own:
+        return []
+    return [f"rollout.shift: {rollout.shift:g}; the pipeline's own for this size is {own:.5g}"]
+
+
+def _decisions(config: Config) -> Decisions:
+    likelihood = config.likelihood
+    if isinstance(likelihood, FlowMatchingConfig):
+        return FlowMatching(config, likelihood)
+    return Transition(config, likelihood)
 
 
 def _encode(family: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Condition]:
     """Encoded prompts by id; equal texts are encoded once and shared."""
-    guidance = max(config.sampling(evaluation=e).guidance for e in (False, True))
+    taught = [teacher.guidance for teacher in config.teachers]
+    guidance = max(*taught, *(config.sampling(evaluation=e).guidance for e in (False, True)))
     texts = {prompt.id: prompt.text for prompt in prompts}
     if guidance > 1.0:
         texts[""] = ""
@@ -379,10 +390,11 @@ def _encode(family: Any, prompts: Sequence[Prompt], config: Config) -> dict[str,
 def _wanted_copies(config: Config, needs: frozenset[str]) -> frozenset[str]:
     """Names of the copies of the weights that this run uses."""
     likelihood = config.likelihood
+    compared = {OTHER_POLICIES[name] for name in needs & OTHER_POLICIES.keys()}
     wanted = {
-        "ema": "velocity_gap_ema" in needs or likelihood.behaviour == "ema",
+        "ema": "ema" in compared or likelihood.behaviour == "ema",
         "average": likelihood.evaluation_ema_decay is not None,
-        "reference": "velocity_gap_reference" in needs and config.model.lora is None,
+        "reference": "reference" in compared and config.model.lora is None,
     }
     return frozenset(name for name, used in wanted.items() if used)
 
@@ -408,7 +420,7 @@ def _norm_metrics(
     weights = weights.to(norm).unsqueeze(1).expand_as(norm)
     count = float(weights.sum())
     found = {"velocity_norm": (float((weights * norm).sum()), count)}
-    if "velocity_gap_reference" in others:
-        ratio = norm / others["velocity_gap_reference"].clamp_min(1e-12)
+    if "reference" in others:
+        ratio = norm / others["reference"].clamp_min(1e-12)
         found["velocity_norm_ratio"] = (float((weights * ratio).sum()), count)
     return found

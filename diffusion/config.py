@@ -5,13 +5,16 @@ Importing this module imports neither diffusers nor a model, so a file can be ch
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from diffusion.kernels import Kernel
 from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
-from diffusion.schedule import Grid, Scheduler
+from diffusion.schedule import Grid, Scheduler, sigma_grid
+from diffusion.steps import StepsConfig, StepTables
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
 
@@ -53,6 +56,10 @@ class LoraConfig(StrictModel):
     init: Literal["gaussian", "default"] = Field(
         default="gaussian",
         description="Start of the A matrix: N(0, 1/rank) or Kaiming-uniform; B is 0.",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Run or adapter folder to start from instead; the reference stays the base.",
     )
 
 
@@ -136,6 +143,10 @@ class RolloutConfig(StrictModel):
         ge=0.0,
         description="tau of sa_solver where .3 <= sigma <= .9; 0: deterministic.",
     )
+    initial_noise: Literal["sample", "group"] = Field(
+        default="sample",
+        description="Each sample starts from its own noise, or all of a group from the same.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
@@ -165,12 +176,17 @@ class EvaluationConfig(StrictModel):
         default=None,
         description="Integrator from noise to data.",
     )
+    grid: Grid | None = Field(
+        default=None,
+        description="Noise levels that the integrator visits.",
+    )
 
 
 class EmaConfig(StrictModel):
     """Slow copy phi of the policy theta: phi <- d phi + (1-d) theta.
 
-    After training step s, d = min(max_decay, rate s).
+    After optimizer step s, d = min(max_decay, rate max(0, s - start)).  DiffusionNFT's decay types:
+    0 is max_decay 0; 1 is max_decay .5, rate .001; 2 is start 75, max_decay .999, rate .0075.
     """
 
     max_decay: float = Field(
@@ -182,11 +198,32 @@ class EmaConfig(StrictModel):
     rate: float = Field(
         default=0.001,
         ge=0.0,
-        description="Growth of d with each training step.",
+        description="Growth of d with each optimizer step.",
+    )
+    start: int = Field(
+        default=0,
+        ge=0,
+        description="Optimizer steps before d leaves 0.",
     )
 
 
-class FlowMatchingConfig(StrictModel):
+class LikelihoodConfig(StrictModel):
+    """What every likelihood has: who samples, and the averages of the weights."""
+
+    behaviour: Literal["current", "ema"] = Field(
+        default="current",
+        description="Who draws the samples: the policy, or its slow copy phi.",
+    )
+    ema: EmaConfig = EmaConfig()
+    evaluation_ema_decay: float | None = Field(
+        default=0.99,
+        ge=0.0,
+        lt=1.0,
+        description="Average used for evaluation and export; null: none.",
+    )
+
+
+class FlowMatchingConfig(LikelihoodConfig):
     """Likelihood surrogate of Advantage Weighted Matching: minus a weighted flow-matching loss."""
 
     name: Literal["flow_matching"] = "flow_matching"
@@ -224,17 +261,62 @@ class FlowMatchingConfig(StrictModel):
         default="step",
         description="Draw noise levels once for a whole step, for each group or each sample.",
     )
-    behaviour: Literal["current", "ema"] = Field(
-        default="current",
-        description="Who draws the samples: the policy, or its slow copy phi.",
+    implicit_beta: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="beta of the implicit policies v_old +- beta (v - v_old) (objective nft).",
     )
-    ema: EmaConfig = EmaConfig()
-    evaluation_ema_decay: float | None = Field(
-        default=0.99,
+
+
+class TransitionConfig(LikelihoodConfig):
+    """Gaussian log-density of denoising transitions (Flow-GRPO and its relatives)."""
+
+    name: Literal["transition"]
+    kernel: Kernel = Field(
+        default="flow_sde",
+        description="How a step adds noise.",
+    )
+    noise_level: float = Field(
+        default=0.7,
         ge=0.0,
-        lt=1.0,
-        description="Average used for evaluation and export; null: none.",
+        description="a of flow_sde, eta of dance_sde and cps; 0 for ode.",
     )
+    steps: StepsConfig = StepsConfig()
+    state_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="States are rounded to it before they are scored, and stored in it.",
+    )
+
+
+def _name_of(likelihood: Any) -> str:
+    """Tag of the union below; a section without a name is the default likelihood."""
+    if isinstance(likelihood, Mapping):
+        return likelihood.get("name", "flow_matching")
+    return likelihood.name
+
+
+class TeacherConfig(StrictModel):
+    """A frozen policy that the student is distilled from on the prompts of one task."""
+
+    task: str = Field(
+        min_length=1,
+        description="Value of the prompts' task column that it teaches.",
+    )
+    path: str = Field(
+        description="A run folder, a folder with pytorch_lora_weights.safetensors, or a pipeline.",
+    )
+    guidance: float = Field(
+        default=1.0,
+        ge=1.0,
+        description="Classifier-free guidance that the teacher was trained with.",
+    )
+
+
+Likelihood = Annotated[
+    Annotated[FlowMatchingConfig, Tag("flow_matching")]
+    | Annotated[TransitionConfig, Tag("transition")],
+    Discriminator(_name_of),
+]
 
 
 class Config(StrictModel):
@@ -243,24 +325,66 @@ class Config(StrictModel):
     model: ModelConfig
     rollout: RolloutConfig = RolloutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    likelihood: FlowMatchingConfig = FlowMatchingConfig()
+    likelihood: Likelihood = FlowMatchingConfig()
+    teachers: list[TeacherConfig] = Field(
+        default=[],
+        description="Frozen policies by task, for objective opd.",
+    )
+    task_column: str = Field(
+        default="task",
+        description="Column of the prompts that names a teacher's task.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         chosen = self.sampling(evaluation=True)
         check_sampler(chosen.scheduler, chosen.grid, chosen.num_steps, "evaluation")
-        trained_indices(
-            self.likelihood.time_sampler,
-            self.rollout.num_steps,
-            self.likelihood.timestep_fraction,
-            self.likelihood.num_times,
-        )
+        if isinstance(self.likelihood, TransitionConfig):
+            self._check_transition(self.likelihood)
+        else:
+            trained_indices(
+                self.likelihood.time_sampler,
+                self.rollout.num_steps,
+                self.likelihood.timestep_fraction,
+                self.likelihood.num_times,
+            )
+        tasks = [teacher.task for teacher in self.teachers]
+        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        if twice:
+            raise UserError(f"teachers: task {twice[0]!r} has more than one teacher")
         return self
+
+    def _check_transition(self, likelihood: TransitionConfig) -> None:
+        if self.rollout.scheduler != "euler":
+            raise UserError(
+                f"rollout.scheduler = {self.rollout.scheduler!r} with likelihood 'transition', "
+                "whose kernel takes the steps itself; allowed: 'euler'"
+            )
+        likelihood.steps.check(self.step_tables(likelihood))
+
+    def step_tables(self, likelihood: TransitionConfig) -> StepTables:
+        """The transitions of a rollout; ``UserError`` for a noise level the kernel cannot take."""
+        rollout = self.rollout
+        sigmas = sigma_grid(rollout.grid, rollout.num_steps, rollout.shift)
+        return StepTables.of(likelihood.kernel, sigmas, likelihood.noise_level)
 
     @property
     def provides(self) -> frozenset[str]:
         """Terms that the likelihood computes (see ``mmrl.types.PolicyTerms``)."""
-        return frozenset({"logp", "velocity_gap_reference", "velocity_gap_ema", "sigma"})
+        common = {"velocity_gap_reference", "velocity_gap_ema", "sigma"}
+        if not isinstance(self.likelihood, TransitionConfig):
+            return frozenset(common | {"logp", "implicit_positive", "implicit_negative"})
+        step = {"step_size", "step_std", "diffusion", "mean_gap_old", "mean_gap_reference"}
+        scored = set() if self.likelihood.kernel == "ode" else {"logp", "logp_ref"}
+        taught = {"mean_gap_teacher"} if self.teachers else set()
+        return frozenset(common | step | scored | taught)
+
+    @property
+    def num_decisions(self) -> int:
+        """Noise levels or denoising steps that are trained for each sample."""
+        if isinstance(self.likelihood, TransitionConfig):
+            return self.likelihood.steps.count(self.step_tables(self.likelihood))
+        return self.likelihood.num_times
 
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusion.config import DTYPES, Config
+from diffusion.config import DTYPES, Config, FlowMatchingConfig
 from diffusion.lora import add_lora
 from diffusion.models.base import locate, read_json, vae_scale_factor
 from diffusion.weights import trainable
@@ -53,21 +53,34 @@ def describe(config: Config) -> list[str]:
     model, lora, rollout = config.model, config.model.lora, config.rollout
     sizes = outline(config)
     how = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora else "all parameters"
-    likelihood = config.likelihood
     return [
         f"model: {model.family} at {model.path}, {sizes.total:,} parameters, {model.dtype}",
         f"trained: {sizes.trained:,} parameters ({how})",
         "latents: {} x {} x {}".format(*sizes.latents),
         f"rollout: {rollout.scheduler}, {rollout.num_steps} steps, guidance {rollout.guidance:g}",
-        f"likelihood: {likelihood.weighting}, {likelihood.num_times} noise levels a sample",
+        *describe_likelihood(config),
+    ]
+
+
+def describe_likelihood(config: Config) -> list[str]:
+    """What is scored, and which steps are not, with the reasons."""
+    likelihood, count = config.likelihood, config.num_decisions
+    if isinstance(likelihood, FlowMatchingConfig):
+        return [f"likelihood: {likelihood.weighting}, {count} noise levels a sample"]
+    tables = config.step_tables(likelihood)
+    noise = f"noise level {likelihood.noise_level:g} on {likelihood.steps.noise} steps"
+    reasons = [f"step {step} {why}" for step, why in tables.excluded().items()]
+    return [
+        f"likelihood: {likelihood.kernel}, {noise}, {count} of {tables.num_steps} steps trained",
+        f"never trained: {'; '.join(reasons) or 'none'}",
     ]
 
 
 def estimate_memory(config: Config) -> dict[str, float]:
     """Bytes of ``weights`` (the transformer), ``gradients_and_optimizer`` (AdamW), the float32
     ``copies_of_trained_weights``, the ``autoencoder``, the ``text_encoders`` (freed before training
-    starts), and roughly ``activations_per_sample``: of one sample of a micro-batch with all its
-    noise levels.  Of one process that shares nothing with others.
+    starts), and roughly ``activations_per_decision``: of one row of a micro-batch.  Of one process
+    that shares nothing with others.
     """
     sizes = outline(config)
     width = torch.empty((), dtype=DTYPES[config.model.dtype]).element_size()
@@ -80,7 +93,7 @@ def estimate_memory(config: Config) -> dict[str, float]:
         "copies_of_trained_weights": float(sizes.trained * 4 * _copies(config)),
         "autoencoder": float(_parameters(folder, "vae") * width),
         "text_encoders": float(sum(_parameters(folder, name) for name in encoders) * width),
-        "activations_per_sample": _activations(config, sizes, width),
+        "activations_per_decision": _activations(config, sizes, width),
     }
 
 
@@ -122,4 +135,6 @@ def _activations(config: Config, sizes: Outline, width: int) -> float:
     # Recomputation keeps one tensor for each block, and one whole block at a time.
     recomputed = config.model.gradient_checkpointing
     held = layers + HIDDEN_TENSORS if recomputed else HIDDEN_TENSORS * layers
-    return float(config.likelihood.num_times * tokens * network.inner_dim * held * width)
+    # True guidance asks for every row twice.
+    doubled = 1 + (config.likelihood.name == "transition" and config.rollout.guidance > 1)
+    return float(doubled * tokens * network.inner_dim * held * width)

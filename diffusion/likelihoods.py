@@ -44,6 +44,21 @@ def velocity_error(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     return mean_square(velocity, noise.double() - x0.double())
 
 
+def implicit_error(
+    velocity: Tensor, old: Tensor, target: Tensor, time: Tensor, beta: float
+) -> Tensor:
+    """Error of the policy v_b = v_old + beta (v - v_old), over |beta|; float64 [rows].
+
+    In x0-prediction, x_t - t v_b, whose residual is t (v_b - v*): its mean square, divided by its
+    detached mean absolute value (at least 1e-5).  beta > 0 is DiffusionNFT's positive policy,
+    beta < 0 the negative one (Zheng et al. 2025, arXiv:2509.16117).
+    """
+    implied = old.double() + beta * (velocity.double() - old.double())
+    residual = (time.double().view(-1, *[1] * (implied.ndim - 1)) * (implied - target)).flatten(1)
+    normaliser = residual.detach().abs().mean(dim=1).clamp_min(1e-5)
+    return residual.square().mean(dim=1) / (normaliser * abs(beta))
+
+
 def weighted_error(error: Tensor, time: Tensor, weighting: Weighting, power: float) -> Tensor:
     """w(l, t) for l = ``error`` and t = ``time`` of equal shape, in float64.
 

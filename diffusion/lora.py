@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from diffusion.config import LoraConfig, ModelConfig
 from diffusion.noise import generator
@@ -15,6 +19,8 @@ from diffusion.weights import trainable
 from mmrl.errors import UserError
 
 ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_PREFIX = "transformer."
 
 
 def prepare_weights(
@@ -33,6 +39,8 @@ def prepare_weights(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 0, "lora").initial_seed())
         add_lora(transformer, model.lora, default_targets)
+    if model.lora.path is not None:
+        start_from(transformer, model.lora)
     for parameter in trainable(transformer).values():
         parameter.data = parameter.data.float()
 
@@ -58,21 +66,110 @@ def add_lora(transformer: Any, lora: LoraConfig, default_targets: Sequence[str])
         raise UserError(f"model.lora.target_modules = {targets}: {error}") from error
 
 
+def start_from(transformer: Any, lora: LoraConfig) -> None:
+    """Give the adapter the weights in ``lora.path``; ``UserError`` unless they fit it exactly."""
+    where = f"model.lora.path = {lora.path!r}"
+    about, state = _read_adapter(weights_folder(Path(lora.path or ""), LORA_FILE, where))
+    # The scale alpha / rank is no part of the weights, so a difference would go unnoticed.
+    for name, ours in (("r", lora.rank), ("lora_alpha", lora.alpha)):
+        theirs = about.get(name, ours)
+        if theirs != ours:
+            raise UserError(f"{where} has {name} = {theirs}, but model.lora says {ours}")
+    _fill(transformer, ADAPTER, state, where)
+
+
+def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
+    """Add the adapter in ``folder`` beside the trained one, which stays the active one.
+
+    ``UserError``, which names ``where``, if it does not fit the transformer.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    about, state = _read_adapter(folder)
+    trained = trainable(transformer).keys()
+    rank = about.get("r", next(iter(state.values())).shape[0])
+    targets = sorted({key.partition(".lora_")[0] for key in state})
+    config = PeftConfig(r=rank, lora_alpha=about.get("lora_alpha", rank), target_modules=targets)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            transformer.add_adapter(config, name)
+    except ValueError as error:
+        raise UserError(f"{where} does not fit this model: {error}") from error
+    _fill(transformer, name, state, where)
+    for key, parameter in transformer.named_parameters():
+        parameter.requires_grad_(key in trained)
+        if f".{name}." in key:
+            parameter.data = parameter.data.float()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module._active_adapter = [ADAPTER]
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The peft configuration (empty if the file has none) and weights by module."""
+    with safe_open(folder / LORA_FILE, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    return (
+        {key.removeprefix(_PREFIX): value for key, value in about.items()},
+        {key.removeprefix(_PREFIX): value for key, value in state.items()},
+    )
+
+
+def _fill(transformer: Any, name: str, state: dict[str, Tensor], where: str) -> None:
+    """Copy weights into the adapter ``name``, of which there must be neither more nor less."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        result = set_peft_model_state_dict(transformer, state, name)
+    except RuntimeError as error:
+        raise UserError(f"{where} does not fit this adapter: {error}") from error
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    odd = [*missing, *result.unexpected_keys]
+    if odd:
+        raise UserError(f"{where} is an adapter of other modules, e.g. {odd[0]}")
+
+
+def weights_folder(path: Path, needed: str, where: str) -> Path:
+    """``path`` or its ``final``, where a run keeps its weights: the one that holds ``needed``.
+
+    ``UserError``, which names ``where``, if neither does.
+    """
+    for folder in (path / "final", path):
+        if (folder / needed).exists():
+            return folder
+    raise UserError(f"{where} holds no {needed}, neither itself nor in final/")
+
+
+@contextmanager
+def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
+    """Within it the adapter ``name`` of ``model`` computes, alone."""
+    # peft's own switch also makes the parameters of that adapter trainable.
+    with _layers_set(model, "_active_adapter", [name]):
+        yield
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it every adapter layer of ``model`` computes its frozen base layer only.
+    """Within it every adapter layer of ``model`` computes its frozen base layer only."""
+    # peft's own switch also clears ``requires_grad`` and does not bring it back to what it was.
+    with _layers_set(model, "_disable_adapters", True):
+        yield
 
-    peft's own switch also clears ``requires_grad`` of the adapter and does not bring it back to
-    what it was, so the layers' flag is set directly.
-    """
+
+@contextmanager
+def _layers_set(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """Within it ``attribute`` of every adapter layer is ``value``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    before = [getattr(layer, attribute) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            setattr(layer, attribute, value)
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
+        for layer, old in zip(layers, before, strict=True):
+            setattr(layer, attribute, old)

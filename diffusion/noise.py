@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ class NoiseKey:
     def generator(self, purpose: str) -> torch.Generator:
         """A fresh generator for one ``purpose`` of this sample."""
         return generator(self.seed, self.stream, purpose, self.prompt_id, self.sample)
+
+    def of_group(self) -> NoiseKey:
+        """The key that all samples of this one's group have in common."""
+        return replace(self, sample=0)
+
+    def shared_generator(self, purpose: str, shared_by: str) -> torch.Generator:
+        """A generator for what a whole "step", a "group" or only this "sample" draws."""
+        scope: dict[str, list[str | int]] = {
+            "step": [],
+            "group": [self.prompt_id],
+            "sample": [self.prompt_id, self.sample],
+        }
+        return generator(self.seed, self.stream, purpose, *scope[shared_by])
 
 
 def generator(seed: int, stream: int, purpose: str, *rest: str | int) -> torch.Generator:

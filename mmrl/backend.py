@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mmrl.types import PolicyTerms, RolloutGroup, RolloutRequest, UpdateBatch
+from mmrl.types import Anchor, PolicyTerms, RolloutGroup, RolloutRequest, UpdateBatch
 
 
 class BackendConfig(Protocol):
@@ -23,6 +23,11 @@ class BackendConfig(Protocol):
     @property
     def provides(self) -> frozenset[str]:
         """Terms of ``PolicyTerms`` that the configured likelihood computes."""
+        ...
+
+    @property
+    def num_decisions(self) -> int | None:
+        """Decisions of every sample, if they can be evaluated apart; ``None`` if they cannot."""
         ...
 
     @property
@@ -49,12 +54,18 @@ class Backend(Protocol):
         """Yield one group for each request, in order, as each becomes ready (no gradient)."""
         ...
 
-    def collate(self, rows: Sequence[tuple[RolloutGroup, int]]) -> tuple[Any, Tensor]:
-        """Payload and mask [B, K] of the samples ``(group, index in the group)``."""
+    def collate(
+        self, rows: Sequence[tuple[RolloutGroup, int]], decisions: slice = slice(None)
+    ) -> tuple[Any, Tensor]:
+        """Payload and mask [B, K] of some ``decisions`` of samples ``(group, index in group)``."""
         ...
 
     def evaluate(self, batch: UpdateBatch, needs: frozenset[str]) -> PolicyTerms:
         """Differentiable terms of a micro-batch, at least those in ``needs``."""
+        ...
+
+    def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> Sequence[Anchor]:
+        """Each row under the present weights, for later updates to compare with (no gradient)."""
         ...
 
     def behaviour(self) -> AbstractContextManager[None]:

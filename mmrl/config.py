@@ -45,6 +45,7 @@ RewardField = Annotated[RewardSpec, PlainSerializer(RewardSpec.dump)]
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Source = Path | Annotated[list[Path], Field(min_length=1)]
 
 
 class PromptsConfig(StrictModel):
@@ -52,7 +53,9 @@ class PromptsConfig(StrictModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    source: Path = Field(description="jsonl file; each line has `prompt` and any other columns")
+    source: Source = Field(
+        description="jsonl file, or a list of them; each line has `prompt` and any other columns"
+    )
     sampler: PartField = Field(description="which prompts a step rolls out")
 
 
@@ -79,7 +82,12 @@ class TrainingConfig(StrictModel):
     num_steps: int = Field(ge=1, description="rollouts followed by updates")
     prompts_per_step: int = Field(ge=1, description="groups of a step, over all processes")
     group_size: int = Field(ge=1, description="samples of a prompt")
-    micro_batch_size: int = Field(default=16, ge=1, description="samples in one forward; no effect")
+    micro_batch_size: int = Field(
+        default=16,
+        ge=1,
+        description="decisions in one forward (samples, if they cannot be split); changes memory, "
+        "not results",
+    )
     num_epochs: int = Field(default=1, ge=1, description="passes over the samples of a step")
     updates_per_epoch: int = Field(default=1, ge=1, description="optimizer steps in one pass")
     aggregation: Aggregation = Field(
@@ -101,7 +109,9 @@ class EvaluationConfig(StrictModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    source: Path | None = Field(default=None, description="jsonl file; none = no evaluation")
+    source: Source | None = Field(
+        default=None, description="jsonl file, or a list of them; none = no evaluation"
+    )
     rewards: list[RewardField] = Field(default=[], description="judges; none = those of training")
     every: int = Field(default=20, ge=1, description="steps between evaluations")
     samples_per_prompt: int = Field(default=4, ge=1, description="samples of each prompt")
@@ -163,17 +173,47 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(apply_overrides(read_yaml(path), overrides))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+EXTENDS = "extends"
+
+
+def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, over the file that its ``extends`` names, if it has one.
+
+    ``extends`` is relative to the file.  See ``merged`` for what replaces what.
+    """
     if not path.is_file():
-        raise UserError(f"configuration file not found: {path}")
+        by = f" (named by {EXTENDS} in {_seen[-1]})" if _seen else ""
+        raise UserError(f"configuration file not found: {path}{by}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
-    return data
+    if EXTENDS not in data:
+        return data
+    base = data.pop(EXTENDS)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: {EXTENDS}: expected the path of one YAML file, got {base!r}")
+    if path.resolve() in _seen:
+        raise UserError(f"{path}: {EXTENDS} leads back to this file")
+    return merged(read_yaml(path.parent / base, (*_seen, path.resolve())), data)
+
+
+def merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``: sections key by key, everything else (lists too) replaced whole.
+
+    A section that names another part than the base's does not inherit the options of that one.
+    """
+    result = dict(base)
+    for key, new in changes.items():
+        old = base.get(key)
+        same = isinstance(old, dict) and isinstance(new, Mapping)
+        if same and new.get("name", old.get("name")) == old.get("name"):  # type: ignore[union-attr]
+            result[key] = merged(old, new)  # type: ignore[arg-type]
+        else:
+            result[key] = new
+    return result
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from mmrl.config import RunConfig
 from mmrl.errors import UserError
@@ -16,6 +15,9 @@ from mmrl.types import Prompt
 # Largest |log ratio| of unchanged weights: zero in exact arithmetic.  In half precision two kernels
 # (with and without gradients) may round a log-probability of order 1 differently in the last bits.
 REPLAY_BUDGET = {"no": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
+
+CLIP_SHARE = 0.1
+"""Largest part of the clip range that the gap may take up."""
 
 
 def refuse_unless_consistent(config: RunConfig) -> None:
@@ -58,15 +60,38 @@ def refuse_missing_terms(config: RunConfig) -> None:
             )
 
 
-def largest_gap(so_far: float, gap: Tensor) -> float:
-    """Largest |gap| seen, NaN as soon as there is one."""
-    now = float(gap.abs().max()) if gap.numel() else 0.0
-    return so_far if math.isnan(so_far) or now <= so_far else now
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """``samples`` of a micro-batch, and the runs of ``decisions`` it takes to see all of theirs."""
+
+    samples: int
+    decisions: list[slice]
 
 
-def refuse_gap(largest: float, mixed_precision: str) -> None:
-    """``UserError`` if replayed log-probabilities differ by more than the budget of the dtype."""
+def micro_batch_shape(num_decisions: int | None, size: int) -> MicroBatchShape:
+    """At most ``size`` decisions at once; samples, if theirs cannot be evaluated apart."""
+    if num_decisions is None:
+        return MicroBatchShape(size, [slice(0, None)])
+    runs = range(0, num_decisions, min(size, num_decisions))
+    decisions = [slice(start, min(start + size, num_decisions)) for start in runs]
+    return MicroBatchShape(max(1, size // num_decisions), decisions)
+
+
+def clip_range(config: RunConfig) -> float | None:
+    """The narrower side of the objective's clip range, if it has one."""
+    bounds = (getattr(config.objective.config, name, None) for name in ("clip_low", "clip_high"))
+    return min((bound for bound in bounds if bound), default=None)
+
+
+def refuse_gap(largest: float, mixed_precision: str, clip: float | None = None) -> None:
+    """``UserError`` if replayed log-probabilities differ by more than the budget of the dtype.
+
+    ``clip``: the clip range of a ratio that is about to be trained on; the gap must also be within
+    ``CLIP_SHARE`` of it, or rounding alone would decide what is clipped.
+    """
     budget = REPLAY_BUDGET[mixed_precision]
+    if clip is not None:
+        budget = min(budget, CLIP_SHARE * clip)
     # Written so that NaN is refused as well.
     if not largest <= budget:
         raise UserError(
@@ -74,6 +99,14 @@ def refuse_gap(largest: float, mixed_precision: str) -> None:
             f"than {budget:.0e}: the ratio would not start at 1, so the update would be wrong; "
             "use dtype fp32, or look for dropout or other randomness in the model"
         )
+
+
+def gap_line(gaps: Sequence[float]) -> str:
+    """What a person sees of the replay: the largest gap, of each decision where they differ."""
+    largest = f"replay of a rollout: largest |log-ratio| {max(gaps):.1e}"
+    if len(gaps) == 1 or max(gaps) == 0:
+        return largest
+    return f"{largest}; by decision: {' '.join(f'{gap:.0e}' for gap in gaps[:32])}"
 
 
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -101,12 +134,17 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     judged = len(evaluation) * config.evaluation.samples_per_prompt
     backend = backend_module(config.backend.name, "backend")
     rewards = ", ".join(f"{spec.weight:g} x {spec.label}" for spec in config.rewards)
-    memory = _memory(backend.estimate_memory(config.backend.config), size.micro_batch_size)
+    section = config.backend.config
+    shape = micro_batch_shape(section.num_decisions, size.micro_batch_size)  # type: ignore[attr-defined]
+    batches = -(-per_update // shape.samples) * len(shape.decisions)
+    held = min(size.micro_batch_size, shape.samples * (section.num_decisions or 1))  # type: ignore[attr-defined]
+    unit = "samples" if section.num_decisions is None else "decisions"  # type: ignore[attr-defined]
+    memory = _memory(backend.estimate_memory(section), held)
     return [
         ("run folder", str(config.run_dir)),
         ("prompts", f"{len(training)} for training, {len(evaluation)} held out"),
         ("samples per step", f"{samples} = {size.prompts_per_step} prompts x {size.group_size}"),
-        ("micro-batches", f"{-(-per_update // size.micro_batch_size)} per optimizer step"),
+        ("micro-batches", f"{batches} per optimizer step, of at most {held} {unit}"),
         ("optimizer steps", f"{size.num_steps * updates} = {size.num_steps} steps x {updates}"),
         ("samples in all", str(samples * size.num_steps)),
         ("evaluation", f"{judged} samples every {config.evaluation.every} steps"),
@@ -119,12 +157,12 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _memory(estimate: dict[str, float], micro_batch_size: int) -> dict[str, float]:
-    """Bytes by use; what is counted for one sample is held for a whole micro-batch."""
+    """Bytes by use; what is counted for one decision is held for a whole micro-batch."""
     found = {}
     for name, value in estimate.items():
-        per_sample = name.endswith("_per_sample")
-        label = name.removesuffix("_per_sample").replace("_", " ")
-        found[label] = value * (micro_batch_size if per_sample else 1)
+        per_decision = name.endswith("_per_decision")
+        label = name.removesuffix("_per_decision").replace("_", " ")
+        found[label] = value * (micro_batch_size if per_decision else 1)
     return found
 
 

@@ -163,7 +163,10 @@ class Loop:
             if any_process(self.session.accelerator, bool(self.interrupted)):
                 self._save()
                 return False
+            checked = self.trainer.replay_gap is not None
             values = self.trainer.step()
+            if not checked and self.trainer.replay_gap is not None:
+                self.display.note(preflight.gap_line(self.trainer.replay_gap.tolist()))
             done += 1
             self._log(done, values)
             self.display.step(done, values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +30,10 @@ from mmrl.distributed import (
 )
 from mmrl.errors import UserError
 from mmrl.metrics import Means
-from mmrl.preflight import largest_gap, refuse_gap
+from mmrl.preflight import MicroBatchShape, clip_range, micro_batch_shape, refuse_gap
 from mmrl.types import (
     Advantages,
+    Anchor,
     Prompt,
     RolloutGroup,
     RolloutRequest,
@@ -40,6 +41,9 @@ from mmrl.types import (
     UpdateBatch,
 )
 from rewards.combine import TIMED_OUT, GroupScores, Scorer
+
+ANCHORED = frozenset({"logp", "mean_gap_old"})
+"""Terms by which an objective compares the policy with the one that sampled."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,37 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward see: some decisions of some samples."""
+
+    samples: list[Sample]
+    decisions: slice
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Of each row, its sample's position in the step and its first decision."""
+        return [(sample.position, self.decisions.start) for sample in self.samples]
+
+    @property
+    def whole_mask(self) -> torch.Tensor:
+        """[B, K] with all decisions of the samples."""
+        return torch.stack([s.group.mask[s.index] for s in self.samples])
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[B] float64."""
+        return torch.tensor([s.weight for s in self.samples], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class Window:
     """What one optimizer step consumes on this process: equally many micro-batches on each."""
 
-    micro_batches: list[list[Sample]]
+    micro_batches: list[MicroBatch]
+
+
+Anchors = dict[tuple[int, int], Anchor]
+"""By the key of a micro-batch's row; empty: the ratio is 1."""
 
 
 @dataclass
@@ -74,18 +105,17 @@ class Trainer:
     prompts: Sequence[Prompt]
     scorer: Scorer
     progress: Progress = field(default_factory=Progress)
-    checked: bool = False
     unscored_in_a_row: int = 0
+    replay_gap: torch.Tensor | None = None
 
     def step(self) -> dict[str, float]:
         """One rollout and its updates; returns what to log."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         requests = self._requests()
         groups, rollout_time = _timed(lambda: roll_out(self, requests))
         collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
         scores = assemble(collected)
-        self._refuse_unscored(scores, collected)
-        advantages = self._advantages(scores)
+        advantages = self._advantages(scores, collected)
         means, rate = Means(), float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
         step = self.progress.step
@@ -101,6 +131,7 @@ class Trainer:
             "time/reward": reward_time,
             "time/update": update_time,
             "step_time": time.perf_counter() - started,
+            "time/cpu": time.process_time() - cpu_started,
         }
 
     def _refuse_unscored(self, scores: Scores, collected: Sequence[GroupScores]) -> None:
@@ -109,9 +140,6 @@ class Trainer:
         A reward that never worked is a mistake; one that hangs, or stops working for a while, costs
         the steps it misses, which are logged as skipped.
         """
-        if bool(scores.valid.any()):
-            self.unscored_in_a_row = 0
-            return
         self.unscored_in_a_row += 1
         failures = {name: text for group in collected for name, text in group.failures.items()}
         hung = any(text.startswith(TIMED_OUT) for text in failures.values())
@@ -143,10 +171,14 @@ class Trainer:
         self.progress = replace(self.progress, sampler=state)
         return make_requests(chosen, training.group_size, seed, step)
 
-    def _advantages(self, scores: Scores) -> Advantages:
+    def _advantages(self, scores: Scores, collected: Sequence[GroupScores]) -> Advantages:
         part = self.config.advantage
         result, state = part.module.estimate(scores, part.config, self.progress.advantage)
         self.progress = replace(self.progress, advantage=state)
+        if bool(result.keep.any()):
+            self.unscored_in_a_row = 0
+        else:
+            self._refuse_unscored(scores, collected)
         for modulator in self.config.modulators:
             result = modulator.module.modulate(result, scores, modulator.config)
         return result
@@ -158,16 +190,31 @@ class Trainer:
             means.add({"skipped_steps": (1.0, 1.0)})
             return
         training = self.config.training
-        needs_anchor = training.num_epochs * training.updates_per_epoch > 1
-        anchors: dict[int, torch.Tensor] = {}  # by position; empty: the ratio is 1
+        anchors: Anchors = {}
         for epoch in range(training.num_epochs):
             windows = self._plan(groups, scores, advantages, epoch)
-            if not self.checked:
-                self._check_replay(windows)
-            if epoch == 0 and (needs_anchor or self.backend.off_policy):
+            if self.replay_gap is None:
+                self._check_replay(windows, len(groups[0].mask[0]))
+            if epoch == 0 and self._off_policy and not self._trusts(groups[0]):
                 anchors = self._anchor(windows)
             for window in windows:
                 self._update_window(window, advantages, anchors, means)
+
+    @property
+    def _off_policy(self) -> bool:
+        """Whether the objective will compare with a policy that is not the present one."""
+        training = self.config.training
+        several = training.num_epochs * training.updates_per_epoch > 1
+        needs = self.config.objective.module.needs(self.config.objective.config)
+        return bool(needs & ANCHORED) and (several or self.backend.off_policy)
+
+    def _trusts(self, group: RolloutGroup) -> bool:
+        """Whether log-probabilities of the rollout are as good as those of a replay.
+
+        In half precision they are not: batches of other shapes are rounded differently.
+        """
+        exact = self.config.backend.config.mixed_precision == "no"  # type: ignore[attr-defined]
+        return exact and group.logp_old is not None and "mean_gap_old" not in needs_of(self.config)
 
     def _plan(
         self, groups: list[RolloutGroup], scores: Scores, advantages: Advantages, epoch: int
@@ -178,70 +225,84 @@ class Trainer:
             key = repr((self.config.seed, self.progress.step, epoch)).encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+        decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         return plan_windows(
             groups,
             scores.group,
             [i for i in order.tolist() if bool(advantages.keep[i])],
             num_windows=training.updates_per_epoch,
-            micro_batch_size=training.micro_batch_size,
+            shape=micro_batch_shape(decisions, training.micro_batch_size),
             rank=self.accelerator.process_index,
             world=world,
         )
 
-    def _check_replay(self, windows: list[Window]) -> None:
+    def _check_replay(self, windows: list[Window], num_decisions: int) -> None:
         """Refuse to train if the samples of a rollout score differently when asked again."""
-        gap = 0.0
+        gaps = torch.zeros(num_decisions, dtype=torch.float64)
+        needs = frozenset({"logp"})
         with self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
                 batch = self._collate(rows)
-                with torch.no_grad():
-                    known = self.backend.evaluate(batch, frozenset({"logp"})).logp
-                replayed = self.backend.evaluate(batch, frozenset({"logp"})).logp.detach()
-                if batch.logp_old is not None:
-                    known = batch.logp_old.to(known)
-                gap = largest_gap(gap, (replayed - known)[batch.mask])
-        error: Exception | None = None
-        try:
-            section = self.config.backend.config
-            refuse_gap(gap, section.mixed_precision)  # type: ignore[attr-defined]
-        except UserError as refusal:
-            error = refusal
-        agree_or_raise(self.accelerator, error)
-        self.checked = True
+                if self._trusts(rows.samples[0].group):
+                    known = _of_rollout(rows).to(self.accelerator.device)
+                else:
+                    with torch.no_grad():
+                        known = self.backend.evaluate(batch, needs).logp
+                replayed = self.backend.evaluate(batch, needs).logp.detach()
+                gap = (replayed - known).double().masked_fill(~batch.mask, 0.0).abs().amax(0)
+                # Every maximum here keeps a NaN.
+                gaps[rows.decisions] = torch.maximum(gaps[rows.decisions], gap.cpu())
+        self.replay_gap = torch.stack(gather_items(self.accelerator, [gaps])).amax(0)
+        precision = self.config.backend.config.mixed_precision  # type: ignore[attr-defined]
+        clip = clip_range(self.config) if self._off_policy else None
+        refuse_gap(float(self.replay_gap.max()), precision, clip)
 
-    def _anchor(self, windows: list[Window]) -> dict[int, torch.Tensor]:
-        """``logp_old`` [K] of each sample, by position, under the policy that sampled."""
-        anchors: dict[int, torch.Tensor] = {}
+    def _anchor(self, windows: list[Window]) -> Anchors:
+        """Every row of the step under the policy that sampled."""
+        anchors: Anchors = {}
+        needs = needs_of(self.config)
         with torch.no_grad(), self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
-                logp = self.backend.evaluate(self._collate(rows), frozenset({"logp"})).logp
-                anchors |= {s.position: x for s, x in zip(rows, logp, strict=True)}
+                anchors |= zip(
+                    rows.keys, self.backend.anchor(self._collate(rows), needs), strict=True
+                )
         return anchors
 
     def _collate(
         self,
-        rows: list[Sample],
+        rows: MicroBatch,
         advantages: Advantages | None = None,
-        anchors: dict[int, torch.Tensor] | None = None,
+        anchors: Anchors | None = None,
     ) -> UpdateBatch:
-        payload, mask = self.backend.collate([(s.group, s.index) for s in rows])
+        pairs = [(s.group, s.index) for s in rows.samples]
+        payload, mask = self.backend.collate(pairs, rows.decisions)
         device = self.accelerator.device
-        values = torch.zeros(len(rows), dtype=torch.float64)
+        values = torch.zeros(len(pairs), dtype=torch.float64)
+        logp_old, memory = None, None
         if advantages is not None:
-            values = advantages.values[[s.position for s in rows]]
+            values = advantages.values[[s.position for s in rows.samples]]
+            if anchors:
+                # Padding may have met no anchor pass; its loss has weight 0 whatever stands here.
+                found = [anchors.get(key) or next(iter(anchors.values())) for key in rows.keys]
+                logp_old = torch.stack([anchor.logp for anchor in found])
+                memory = [anchor.memory for anchor in found]
+            elif self._off_policy:
+                logp_old = _of_rollout(rows).to(device)
         return UpdateBatch(
             payload=payload,
             mask=mask.to(device),
             advantages=values.to(device),
-            weights=torch.tensor([s.weight for s in rows], dtype=torch.float64, device=device),
-            logp_old=_known_logp(rows, anchors or {}, device),
+            weights=rows.weights.to(device),
+            logp_old=logp_old,
+            memory=memory,
+            first_decision=rows.decisions.start,
         )
 
     def _update_window(
         self,
         window: Window,
         advantages: Advantages,
-        anchors: dict[int, torch.Tensor],
+        anchors: Anchors,
         means: Means,
     ) -> None:
         denominator = self._denominator(window)
@@ -249,7 +310,7 @@ class Trainer:
         for i, rows in enumerate(window.micro_batches):
             batch = self._collate(rows, advantages, anchors)
             with self._synchronising(i == last):
-                loss = self._loss(batch, denominator, means)
+                loss = self._loss(batch, rows, denominator, means)
                 # DDP averages over processes; the denominator already counts them all.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._optimizer_step(means)
@@ -257,9 +318,8 @@ class Trainer:
     def _denominator(self, window: Window) -> float:
         training, local = self.config.training, 0.0
         for rows in window.micro_batches:
-            mask = torch.stack([s.group.mask[s.index] for s in rows])
-            weights = torch.tensor([s.weight for s in rows], dtype=torch.float64)
-            local += reduction.denominator(mask, weights, training.aggregation)
+            if rows.decisions.start == 0:  # a sample counts once, however often it is met
+                local += reduction.denominator(rows.whole_mask, rows.weights, training.aggregation)
         return reduction.step_denominator(sum_over_processes(self.accelerator, [local])[0])
 
     @contextlib.contextmanager
@@ -271,12 +331,15 @@ class Trainer:
         with context:
             yield
 
-    def _loss(self, batch: UpdateBatch, denominator: float, means: Means) -> torch.Tensor:
+    def _loss(
+        self, batch: UpdateBatch, rows: MicroBatch, denominator: float, means: Means
+    ) -> torch.Tensor:
         training, objective = self.config.training, self.config.objective
         terms = self.backend.evaluate(batch, needs_of(self.config))
-        coefficients = reduction.decision_weights(
-            batch.mask, batch.weights, training.aggregation, training.horizon
+        whole = reduction.decision_weights(
+            rows.whole_mask, rows.weights, training.aggregation, training.horizon
         )
+        coefficients = whole[:, rows.decisions].to(batch.weights)
 
         def reduce(loss: torch.Tensor) -> torch.Tensor:
             return reduction.weighted_sum(loss, coefficients) / denominator
@@ -418,7 +481,7 @@ def plan_windows(
     order: Sequence[int],
     *,
     num_windows: int,
-    micro_batch_size: int,
+    shape: MicroBatchShape,
     rank: int,
     world: int,
 ) -> list[Window]:
@@ -438,29 +501,26 @@ def plan_windows(
         by_rank: list[list[int]] = [[] for _ in range(world)]
         for position in chunk.tolist():
             by_rank[owner(int(group_of[position]), world)].append(position)
-        count = max(1, *(-(-len(positions) // micro_batch_size) for positions in by_rank))
+        count = max(1, *(-(-len(positions) // shape.samples) for positions in by_rank))
         samples = []
         for position in by_rank[rank]:
             index = int(group_of[position])
             samples.append(Sample(mine[index], position - int(first[index]), position))
-        batches = [
-            samples[i : i + micro_batch_size] for i in range(0, len(samples), micro_batch_size)
-        ]
-        batches += [[filler]] * (count - len(batches))
-        windows.append(Window(batches))
+        rows = [samples[i : i + shape.samples] for i in range(0, len(samples), shape.samples)]
+        rows += [[filler]] * (count - len(rows))
+        windows.append(
+            Window([MicroBatch(r, decisions) for r in rows for decisions in shape.decisions])
+        )
     return windows
 
 
-def _known_logp(
-    rows: Sequence[Sample], anchors: Mapping[int, torch.Tensor], device: torch.device
-) -> torch.Tensor | None:
-    """``logp_old`` [B, K]: from the anchor pass if there was one, else from the rollout."""
-    if anchors:
-        # Padding rows may have met no anchor pass; their loss has weight 0 whatever stands here.
-        some = next(iter(anchors.values()))
-        return torch.stack([anchors.get(s.position, torch.zeros_like(some)) for s in rows])
-    found = [s.group.logp_old[s.index] for s in rows if s.group.logp_old is not None]
-    return torch.stack(found).to(device) if found else None
+def _of_rollout(rows: MicroBatch) -> torch.Tensor:
+    """[B, K] log-probabilities that the rollout recorded."""
+    known = []
+    for sample in rows.samples:
+        assert sample.group.logp_old is not None, "only asked where the rollout recorded them"
+        known.append(sample.group.logp_old[sample.index])
+    return torch.stack(known)[:, rows.decisions]
 
 
 def _mean(values: torch.Tensor) -> float:

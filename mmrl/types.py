@@ -117,12 +117,28 @@ class Advantages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """One row of a batch under the policy that sampled: ``logp`` [K] and the backend's ``memory``.
+
+    ``memory`` is whatever else its terms compare with, such as means [K, D]; opaque to others.
+    """
+
+    logp: Tensor
+    memory: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpdateBatch:
     """One micro-batch of samples on their way into the loss.
+
+    K counts the decisions in this batch, which may be fewer than the samples have: those from
+    ``first_decision`` on.
 
     ``payload``: made by the backend's ``collate``.  ``mask`` [B, K] bool.  ``advantages`` [B].
     ``weights`` [B] float64: 1 for a trained sample, 0 for padding of a short process.
     ``logp_old`` [B, K] or ``None``: ``None`` means strictly on-policy, ratio 1 by construction.
+    ``memory``: length B or ``None``: of each row, what the backend's ``anchor`` remembered of the
+    policy that sampled.
     """
 
     payload: Any
@@ -130,6 +146,8 @@ class UpdateBatch:
     advantages: Tensor
     weights: Tensor
     logp_old: Tensor | None = None
+    memory: Sequence[Any] | None = None
+    first_decision: int = 0
 
     def __post_init__(self) -> None:
         _check(self.mask, "mask", 2, torch.bool)

@@ -2,7 +2,8 @@
 
 Each reward has a queue and a thread of its own, so rewards run in parallel with each other and with
 the caller.  What cannot be scored is marked, never counted as 0: a sample is valid when every
-reward with a non-zero weight is finite for it.
+reward with a non-zero weight that applies to its prompt is finite for it.  A reward that gives NaN
+for all samples of a prompt, without having failed, does not apply to that prompt.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class GroupScores:
 
     ``index``: the group's place in its step.  ``by_name``: raw values [G] float64 by label, NaN
     where the reward failed or does not apply.  ``combined`` [G] float64: weighted sum, 0 where
-    invalid.  ``valid`` [G] bool: every reward with a non-zero weight is finite.  ``failures``:
+    invalid.  ``valid`` [G] bool: every weighted reward that applies is finite.  ``failures``:
     error message of each reward that failed.  ``num_failed``: samples each reward failed on (those
     it does not apply to are not counted).  ``seconds``: time inside reward calls, summed.
     """
@@ -145,6 +146,11 @@ class _Outcome:
     message: str | None = None
     fatal: UserError | None = None
     seconds: float = 0.0
+
+    @property
+    def applies(self) -> bool:
+        """False where the reward knowingly has nothing to say about the prompt."""
+        return bool(self.num_failed) or not bool(self.values.isnan().all())
 
 
 class Scorer:
@@ -190,12 +196,15 @@ class Scorer:
 def combined_scores(
     group: RolloutGroup, specs: Sequence[RewardSpec], outcomes: Sequence[_Outcome]
 ) -> GroupScores:
-    """combined = sum_r weight_r reward_r over rewards with a non-zero weight, 0 where invalid."""
+    """combined = sum_r weight_r reward_r over weighted rewards that apply, 0 where invalid."""
     size = group.request.group_size
-    total = torch.zeros(size, dtype=torch.float64)
-    for spec, outcome in zip(specs, outcomes, strict=True):
-        # NaN spreads through the sum, but 0 * NaN must not: such a reward is only logged.
-        total = total + spec.weight * outcome.values if spec.weight else total
+    # A reward of weight 0 is only logged: 0 * NaN must not reach the sum.
+    counted = [
+        spec.weight * outcome.values
+        for spec, outcome in zip(specs, outcomes, strict=True)
+        if spec.weight and outcome.applies
+    ]
+    total = torch.stack(counted).sum(0) if counted else torch.full((size,), math.nan).double()
     valid = torch.isfinite(total)
     by_label = {spec.label: outcome for spec, outcome in zip(specs, outcomes, strict=True)}
     return GroupScores(

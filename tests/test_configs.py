@@ -10,7 +10,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from mmrl.config import RunConfig, load
+from mmrl.config import RunConfig, load, merged, read_yaml
+from mmrl.errors import UserError
 from mmrl.preflight import describe, refuse_unless_consistent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,12 @@ def name(path: Path) -> str:
 
 
 def test_nothing_is_missing():
-    assert {name(path) for path in RUNS} == {"quickstart.yaml", "diffusion/sd35/awm-ocr.yaml"}
+    methods = ("flow-grpo", "flow-grpo-fast", "dance-grpo", "grpo-guard", "nft")
+    assert {name(path) for path in RUNS} >= {
+        "quickstart.yaml",
+        "diffusion/sd35/awm-ocr.yaml",
+        *(f"diffusion/tiny-sd3/{method}.yaml" for method in methods),
+    }
     assert {path.stem for path in LAUNCHERS} == set(
         ("cpu", "cpu2", "single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3")
     )
@@ -41,6 +47,7 @@ def test_run_configurations_are_valid(path):
 def test_what_is_written_is_what_is_used(path):
     """Loading changes no value, and the resolved file loads to the same again."""
     written, resolved = yaml.safe_load(path.read_text()), load(path).dump()
+    written.pop("extends", None)
     assert differences(written, resolved) == []
     again = yaml.safe_dump(resolved)
     assert yaml.safe_load(again) == resolved
@@ -127,6 +134,45 @@ def published(config: RunConfig) -> dict[str, object]:
             optimizer.max_grad_norm,
         ),
     }
+
+
+def test_a_file_may_extend_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("a: {x: 1, y: 2}\nlist: [1, 2]\npart: {name: p, option: 3}")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "middle.yaml").write_text("extends: ../base.yaml\na: {y: 5}\nlist: [7]")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: deep/middle.yaml\na: {z: null}\npart: {name: q}")
+    assert read_yaml(top) == {
+        "a": {"x": 1, "y": 5, "z": None},
+        "list": [7],
+        "part": {"name": "q"},
+    }
+
+
+def test_options_of_another_part_are_not_inherited():
+    base = {"objective": {"name": "grpo", "clip_low": 0.1}, "name": "run"}
+    assert merged(base, {"objective": {"clip_high": 0.3}})["objective"] == {
+        "name": "grpo",
+        "clip_low": 0.1,
+        "clip_high": 0.3,
+    }
+    assert merged(base, {"objective": {"name": "nft"}})["objective"] == {"name": "nft"}
+    assert base["objective"] == {"name": "grpo", "clip_low": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere.yaml", "not found: .*nowhere.yaml .named by extends in .*top.yaml"),
+        ("extends: top.yaml", "extends leads back to this file"),
+        ("extends: [a.yaml]", "expected the path of one YAML file, got"),
+    ],
+)
+def test_mistakes_in_extends(tmp_path, text, message):
+    path = tmp_path / "top.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_yaml(path)
 
 
 EXPECTED_LAUNCH = {

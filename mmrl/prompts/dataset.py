@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from mmrl.errors import UserError
 from mmrl.types import Prompt
 
 
-def load_prompts(path: Path, key: str) -> list[Prompt]:
-    """The prompts of a file, in its order, duplicates removed.
+def load_prompts(source: Path | Sequence[Path], key: str) -> list[Prompt]:
+    """The prompts of a file, or of several one after another, duplicates removed.
 
-    ``key`` is the configuration key that named the file.  Raises ``UserError`` naming the file and
-    the line where something is missing, empty or malformed.
+    ``key`` is the configuration key that named them.  Raises ``UserError`` naming the file and the
+    line where something is missing, empty or malformed.
     """
+    paths = [source] if isinstance(source, Path) else source
+    prompts = [prompt for path in paths for prompt in _load_file(path, key)]
+    return list({prompt.id: prompt for prompt in prompts}.values())
+
+
+def _load_file(path: Path, key: str) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"{key}: prompts file not found: {path}")
     # Not `splitlines`: JSON strings may hold other line separators as they are.
@@ -26,7 +33,7 @@ def load_prompts(path: Path, key: str) -> list[Prompt]:
     ]
     if not prompts:
         raise UserError(f"{key}: prompts file is empty: {path}")
-    return list({prompt.id: prompt for prompt in prompts}.values())
+    return prompts
 
 
 def _parse(line: bytes, where: str) -> Prompt:

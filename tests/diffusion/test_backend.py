@@ -20,6 +20,7 @@ from mmrl.advantages import group as group_advantage
 from mmrl.objectives import grpo
 from mmrl.types import Prompt, RolloutRequest, Scores
 
+CPU = torch.device("cpu")
 LOGP = frozenset({"logp"})
 
 
@@ -66,11 +67,11 @@ def test_groups_arrive_in_order_with_images_and_latents(make):
 def test_a_group_is_yielded_before_the_next_is_drawn(make, monkeypatch):
     backend = make(rollout={"batch_size": 2})
     drawn = []
-    denoise = backend._denoise
+    draw = backend._draw
     monkeypatch.setattr(
         backend,
-        "_denoise",
-        lambda keys, sampling: drawn.append(len(keys)) or denoise(keys, sampling),
+        "_draw",
+        lambda keys, evaluation: drawn.append(len(keys)) or draw(keys, evaluation),
     )
     groups = backend.rollout(make_requests(group_size=2, count=2))
     next(groups)
@@ -114,10 +115,10 @@ def test_guidance_extrapolates_from_the_empty_prompt(make):
     with torch.no_grad():
         x = torch.randn(2, 4, 8, 8)
         ids = [PROMPTS[0].id, PROMPTS[1].id]
-        found = guided._guided(x, 0.5, guided._condition(ids), 3.0)
         times = torch.full((2,), 0.5)
-        with_prompt = guided._velocity(x, times, guided._condition(ids))
-        without = guided._velocity(x, times, guided._condition(["", ""]))
+        found = guided._velocity_for(ids, 3.0)(x, times)
+        with_prompt = guided._velocity_for(ids, 1.0)(x, times)
+        without = guided._velocity_for(["", ""], 1.0)(x, times)
     torch.testing.assert_close(found, 3 * with_prompt - 2 * without, rtol=0, atol=1e-5)
     assert (found - with_prompt).abs().max() > 0.1
 
@@ -194,11 +195,12 @@ def test_the_configured_weighting_is_used(make, weighting):
     backend = make(likelihood={"weighting": weighting, "ghuber_power": 0.5})
     groups = list(backend.rollout(make_requests()))
     batch = make_batch(backend, groups)
-    rows = backend._noisy_rows(batch.payload)
+    rows = backend._decisions.fold(batch.payload, CPU)
     with torch.no_grad():
-        velocity = backend._velocity(rows.noisy, rows.times, rows.condition)
-        error = (velocity.double() - (rows.noise - rows.x0).double()).square().mean((1, 2, 3))
-        expected = surrogate_logp(error, rows.times, weighting, 0.5).view(2, 4).T
+        velocity = backend._policy(rows)
+        target = (rows.detail.noise - rows.detail.x0).double()
+        error = (velocity.double() - target).square().mean((1, 2, 3))
+        expected = surrogate_logp(error, rows.sigma, weighting, 0.5).view(2, 4).T
         found = backend.evaluate(batch, LOGP).logp
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
@@ -228,13 +230,14 @@ def test_6_times_are_shared_and_noise_is_not(make):
     payload, mask = backend.collate([(group, i) for group in groups for i in range(3)])
     assert (payload.times == payload.times[:1]).all()
     assert mask.all()
-    rows = backend._noisy_rows(payload)
+    rows = backend._decisions.fold(payload, CPU)
     # T-major: row k B + b.
-    assert (rows.times.view(6, 9) == payload.times.T).all()
-    flat = rows.noise.flatten(1)
+    assert (rows.sigma.view(6, 9) == payload.times.T).all()
+    flat = rows.detail.noise.flatten(1)
     similarity = flat @ flat.T / flat.shape[1]
     assert (similarity - torch.eye(54)).abs().max() < 0.5
-    torch.testing.assert_close(rows.noisy, interpolate(rows.x0, rows.noise, rows.times))
+    expected = interpolate(rows.detail.x0, rows.detail.noise, rows.sigma)
+    torch.testing.assert_close(rows.states, expected)
 
 
 def test_times_of_a_group_may_be_its_own(make):
@@ -258,7 +261,7 @@ def test_another_step_has_other_times_and_noise(make):
     later = replace(group, request=replace(group.request, stream=5))
     first, second = (backend.collate([(g, 0)])[0] for g in (group, later))
     assert not torch.equal(first.times, second.times)
-    noise = [backend._noisy_rows(payload).noise for payload in (first, second)]
+    noise = [payload.noise for payload in (first, second)]
     assert (noise[0] - noise[1]).abs().max() > 0.5
 
 
@@ -303,9 +306,9 @@ def test_2_with_advantage_one_it_is_ordinary_flow_matching(make, sign):
     batch = make_batch(backend, groups, [sign] * 4)
     _, loss = policy_loss(backend, batch)
     found = gradient_of(backend, loss.mean())
-    rows = backend._noisy_rows(batch.payload)
-    velocity = backend._velocity(rows.noisy, rows.times, rows.condition)
-    ordinary = (velocity - (rows.noise - rows.x0)).square().mean()
+    rows = backend._decisions.fold(batch.payload, CPU)
+    velocity = backend._policy(rows)
+    ordinary = (velocity - (rows.detail.noise - rows.detail.x0)).square().mean()
     expected = gradient_of(backend, ordinary)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], sign * value, rtol=1e-4, atol=1e-6)
@@ -403,7 +406,7 @@ def test_ema_follows_its_schedule(make, lora):
         decay = min(0.5, 0.1 * step)
         for name, value in live.items():
             expected[name] = decay * expected[name] + (1 - decay) * value.detach()
-        with backend._ema():
+        with backend._with_copy("ema"):
             for name, value in live.items():
                 torch.testing.assert_close(value.detach(), expected[name], rtol=1e-6, atol=1e-7)
 
@@ -490,9 +493,9 @@ def test_velocity_norm_metrics_leave_padding_out(make):
     backend = make()
     groups = list(backend.rollout(make_requests()))
     batch = make_batch(backend, groups)
-    rows = backend._noisy_rows(batch.payload)
+    rows = backend._decisions.fold(batch.payload, CPU)
     with torch.no_grad():
-        norm = backend._velocity(rows.noisy, rows.times, rows.condition).square().mean((1, 2, 3))
+        norm = backend._policy(rows).square().mean((1, 2, 3))
     norm = norm.view(2, 4).T
     half = replace(batch, weights=torch.tensor([1.0, 0, 0, 1], dtype=torch.float64))
     metrics = backend.evaluate(half, ALL_TERMS).metrics

@@ -103,9 +103,14 @@ def make_config(folder, rollout=None, likelihood=None, evaluation=None, **model)
             "model": defaults | {"lora": {"rank": 4, "alpha": 8}} | model,
             "rollout": {"num_steps": 4, "height": 16, "width": 16} | (rollout or {}),
             "evaluation": evaluation or {},
-            "likelihood": {"num_times": 2, "evaluation_ema_decay": None} | (likelihood or {}),
+            "likelihood": _likelihood(likelihood or {}),
         }
     )
+
+
+def _likelihood(changes):
+    matching = {} if changes.get("name") == "transition" else {"num_times": 2}
+    return {"evaluation_ema_decay": None} | matching | changes
 
 
 def make_requests(group_size=2, count=2, stream=0):

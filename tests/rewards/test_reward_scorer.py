@@ -88,6 +88,18 @@ def test_not_applicable_is_invalid_but_no_failure(scorer, group):
     assert scores.failures == {}
 
 
+def test_a_reward_that_does_not_apply_to_a_prompt_leaves_the_others(scorer, group):
+    both = scorer(f=(echo, {"weight": 2.0}), g=returning([NAN, None]))
+    (scores,) = score(both, group([3.0, 4.0]))
+    assert scores.valid.tolist() == [True, True]
+    assert scores.combined.tolist() == [6.0, 8.0]
+
+
+def test_a_reward_that_failed_is_not_one_that_does_not_apply(scorer, group):
+    (scores,) = score(scorer(f=echo, g=returning([math.inf, math.inf])), group([3.0, 4.0]))
+    assert scores.valid.tolist() == [False, False]
+
+
 def test_nowhere_applicable_is_no_error(scorer, group):
     (scores,) = score(scorer(f=returning([NAN, None])), group([1, 2]))
     assert scores.valid.tolist() == [False, False]

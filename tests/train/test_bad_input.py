@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from mmrl.checkpoint import found
 from mmrl.cli import app
+from mmrl.errors import UserError
+from mmrl.prompts.dataset import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -198,8 +200,6 @@ def test_prompts_in_another_encoding_name_the_line(tmp_path):
 
 
 def test_other_line_separators_may_stand_in_a_prompt(tmp_path):
-    from mmrl.prompts.dataset import load_prompts
-
     path = tmp_path / "separators.jsonl"
     path.write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n', encoding="utf-8")
     assert [p.text for p in load_prompts(path, "prompts.source")] == ["a\u2028b", "c"]
@@ -230,3 +230,14 @@ def test_check_of_the_written_configuration_round_trips(tmp_path, toy):
     assert result.exit_code == 0
     assert "8 = 4 prompts x 2" in result.output
     assert json.loads((run / "environment.json").read_text())["versions"]["torch"]
+
+
+def test_prompts_of_several_files(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    second.write_text('{"prompt": "y"}\n{"prompt": "z", "task": "t"}\n')
+    prompts = load_prompts([first, second], "prompts.source")
+    assert [p.text for p in prompts] == ["x", "y", "z"]
+    second.write_text("")
+    with pytest.raises(UserError, match=r"prompts file is empty: .*b\.jsonl"):
+        load_prompts([first, second], "prompts.source")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from mmrl.types import PolicyTerms, RolloutGroup
+from mmrl.types import Anchor, PolicyTerms, RolloutGroup
 
 
 class Policy(nn.Module):
@@ -16,8 +16,8 @@ class Policy(nn.Module):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(decisions))
 
-    def forward(self, x):
-        return -0.5 * (x - self.mean) ** 2
+    def forward(self, x, decisions=slice(None)):
+        return -0.5 * (x - self.mean[decisions]) ** 2
 
 
 class ToyBackend:
@@ -44,19 +44,23 @@ class ToyBackend:
                 logp_old=policy(x) if self.config.knows_logp else None,
             )
 
-    def collate(self, rows):
-        payload = torch.stack([group.payload[i] for group, i in rows])
-        return payload, torch.ones(payload.shape, dtype=torch.bool)
+    def collate(self, rows, decisions=slice(None)):
+        x = torch.stack([group.payload[i] for group, i in rows])[:, decisions]
+        return (x, decisions), torch.ones(x.shape, dtype=torch.bool)
 
     def evaluate(self, batch, needs):
-        self.calls.append(len(batch.payload))
-        logp = self.model(batch.payload)
+        x, decisions = batch.payload
+        self.calls.append(len(x))
+        logp = self.model(x, decisions)
         if torch.is_grad_enabled() and self.config.drift:
             logp = logp + self.config.drift
         if torch.is_grad_enabled() and self.config.poison_step == self.updates:
             logp = logp * torch.tensor(float("nan"))
-        reference = -0.5 * batch.payload**2 if "logp_ref" in needs else None
+        reference = -0.5 * x**2 if "logp_ref" in needs else None
         return PolicyTerms(logp=logp, logp_ref=reference)
+
+    def anchor(self, batch, needs):
+        return [Anchor(logp=row) for row in self.evaluate(batch, needs).logp]
 
     def behaviour(self):
         return self.averaged() if self.off_policy else nullcontext()
@@ -100,4 +104,4 @@ def describe(config):
 
 
 def estimate_memory(config):
-    return {"weights": 4.0 * config.decisions, "activations_per_sample": 8.0}
+    return {"weights": 4.0 * config.decisions, "activations_per_decision": 8.0}

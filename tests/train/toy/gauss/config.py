@@ -22,5 +22,9 @@ class Config(StrictModel):
         return frozenset(self.terms)
 
     @property
+    def num_decisions(self) -> int:
+        return self.decisions
+
+    @property
     def mixed_precision(self) -> str:
         return "no"

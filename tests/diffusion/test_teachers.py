@@ -1,0 +1,189 @@
+"""Teachers of a distillation, adapters to start from, and what stays untouched by either."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_sd3 import make_batch, make_config
+
+from diffusion.backend import build
+from diffusion.lora import LORA_FILE
+from diffusion.weights import trainable
+from mmrl.errors import UserError
+from mmrl.types import Prompt, RolloutRequest
+
+NEEDS = frozenset({"mean_gap_teacher"})
+TASKS = [
+    Prompt(id="p", text="a red cat", columns={"task": "cats"}),
+    Prompt(id="q", text="two dogs", columns={"task": "dogs"}),
+]
+ODE = {"name": "transition", "kernel": "ode", "noise_level": 0.0, "steps": {"before": 3}}
+
+
+def make_student(folder, teachers=(), guidance=1.0, needs=NEEDS, prompts=TASKS, **model):
+    config = make_config(folder, {"num_steps": 4, "guidance": guidance}, ODE, **model)
+    chosen = {"teachers": [dict(teacher) for teacher in teachers]}
+    return build(
+        type(config).model_validate(config.model_dump() | chosen),
+        device=torch.device("cpu"),
+        prompts=prompts,
+        seed=0,
+        needs=needs,
+    )
+
+
+def move(backend, seed, scale=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable(backend.model).values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def requests(prompts=TASKS):
+    return [
+        RolloutRequest(prompt=p, group_size=2, seed=3, stream=0, index=i)
+        for i, p in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def policies(pipeline_folder, tmp_path_factory):
+    """Two trained adapters of different rank, as run folders, and the backends behind them."""
+    found = {}
+    for seed, (task, rank) in enumerate({"cats": 4, "dogs": 2}.items()):
+        backend = make_student(pipeline_folder, needs=frozenset(), lora={"rank": rank, "alpha": 8})
+        move(backend, seed)
+        run = tmp_path_factory.mktemp(task)
+        backend.export(run / "final", "")
+        found[task] = (run, backend)
+    return found
+
+
+def taught(policies, **changes):
+    return [{"task": task, "path": str(run)} | changes for task, (run, _) in policies.items()]
+
+
+def velocity(backend, prompt, states, sigma, guidance=1.0):
+    with torch.no_grad():
+        return backend._velocity_for([prompt.id] * len(states), guidance)(states, sigma)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_each_prompt_is_compared_with_its_own_teacher(pipeline_folder, policies, guidance):
+    student = make_student(pipeline_folder, taught(policies, guidance=guidance))
+    groups = list(student.rollout(requests()))
+    terms = student.evaluate(make_batch(student, groups), NEEDS)
+    assert not terms.step_std.any()
+    for b, (group, index) in enumerate([(g, i) for g in groups for i in range(2)]):
+        _, teacher = policies[group.request.prompt.columns["task"]]
+        teacher._conditions = student._conditions
+        path = group.payload[index]
+        sigma = student._decisions._sigmas[:3]
+        ours = velocity(student, group.request.prompt, path.states[:3], sigma)
+        theirs = velocity(teacher, group.request.prompt, path.states[:3], sigma, guidance)
+        size = terms.step_size[b]
+        expected = size.square() * (ours - theirs).double().square().mean((1, 2, 3))
+        torch.testing.assert_close(terms.mean_gap_teacher[b], expected, rtol=1e-4, atol=1e-10)
+        assert (expected > 1e-6).all()
+
+
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(pipeline_folder, policies):
+    run, _ = policies["cats"]
+    one = [{"task": task, "path": str(run)} for task in policies]
+    student = make_student(pipeline_folder, one, lora={"rank": 4, "alpha": 8, "path": str(run)})
+    groups = list(student.rollout(requests()))
+    gap = student.evaluate(make_batch(student, groups), NEEDS).mean_gap_teacher
+    gap.sum().backward()
+    # The two adapters hold the same numbers: only the order of sums could differ.
+    assert float(gap.detach().abs().max()) < 1e-12
+    assert all(float(p.grad.abs().max()) < 1e-5 for p in trainable(student.model).values())
+
+
+def test_updates_leave_teachers_alone_and_pull_the_student_to_them(pipeline_folder, policies):
+    student = make_student(pipeline_folder, taught(policies))
+    live = trainable(student.model)
+    assert not any("teacher" in name for name in live)
+    frozen = {n: p for n, p in student.model.named_parameters() if n not in live}
+    before = {name: value.detach().clone() for name, value in frozen.items()}
+    assert any("teacher0" in name for name in before)
+    optimizer = torch.optim.Adam(live.values(), lr=3e-3)
+    gaps = []
+    for _ in range(10):
+        groups = list(student.rollout(requests()))
+        optimizer.zero_grad()
+        gap = student.evaluate(make_batch(student, groups), NEEDS).mean_gap_teacher.mean()
+        gap.backward()
+        optimizer.step()
+        gaps.append(gap.item())
+    assert all(torch.equal(value, before[name]) for name, value in frozen.items())
+    assert gaps[-1] < 0.7 * gaps[0]
+
+
+def test_a_teacher_may_be_a_whole_network(pipeline_folder, tmp_path, policies):
+    trained = make_student(pipeline_folder, needs=frozenset(), lora=None)
+    move(trained, 5, scale=0.02)
+    trained.export(tmp_path / "run" / "final", "")
+    whole = [{"task": task, "path": str(tmp_path / "run")} for task in policies]
+    student = make_student(pipeline_folder, whole)
+    groups = list(student.rollout(requests()))
+    gap = student.evaluate(make_batch(student, groups), NEEDS).mean_gap_teacher
+    assert (gap > 0).all()
+    same = make_student(pipeline_folder, whole, lora=None)
+    same._bare.load_state_dict(trained._bare.state_dict())
+    assert not same.evaluate(make_batch(same, groups), NEEDS).mean_gap_teacher.any()
+
+
+def test_the_export_holds_the_student_only(pipeline_folder, policies, tmp_path):
+    student = make_student(pipeline_folder, taught(policies))
+    student.export(tmp_path, "")
+    names = load_file(tmp_path / LORA_FILE).keys()
+    assert names == load_file(policies["cats"][0] / "final" / LORA_FILE).keys()
+    assert not any("teacher" in name for name in names)
+
+
+def test_an_adapter_to_start_from(pipeline_folder, policies):
+    run, source = policies["cats"]
+    student = make_student(
+        pipeline_folder, needs=frozenset(), lora={"rank": 4, "alpha": 8, "path": str(run)}
+    )
+    weights = trainable(student.model)
+    assert all(torch.equal(weights[n], value) for n, value in trainable(source.model).items())
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 8}, "has r = 4, but model.lora says 8"),
+        ({"alpha": 4}, "has lora_alpha = 8.*says 4"),
+        ({"target_modules": ["to_q"]}, "adapter of other modules"),
+        ({"path": "no/such/run"}, "holds no pytorch_lora_weights.safetensors"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(pipeline_folder, policies, lora, message):
+    path = str(policies["cats"][0])
+    with pytest.raises(UserError, match=message):
+        make_student(pipeline_folder, lora={"rank": 4, "alpha": 8, "path": path} | lora)
+
+
+def test_an_adapter_with_the_wrong_shape(pipeline_folder, policies, tmp_path):
+    source = policies["cats"][0] / "final" / LORA_FILE
+    state = {name: value[:, :2].clone() for name, value in load_file(source).items()}
+    about = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    save_file(state, tmp_path / LORA_FILE, metadata=about)
+    with pytest.raises(UserError, match="does not fit"):
+        make_student(pipeline_folder, lora={"rank": 4, "alpha": 8, "path": str(tmp_path)})
+
+
+def test_mistakes_with_teachers(pipeline_folder, policies):
+    cats, dogs = taught(policies)
+    with pytest.raises(UserError, match="none has the task 'dogs' of prompt 'two dogs'"):
+        next(make_student(pipeline_folder, [cats]).rollout(requests()))
+    with pytest.raises(UserError, match="cannot hold"):
+        make_student(pipeline_folder, [cats, dogs], lora=None)
+    with pytest.raises(UserError, match=r"holds no pytorch_lora_weights\.safetensors and"):
+        make_student(pipeline_folder, [cats | {"path": "nowhere"}, dogs])
+    with pytest.raises((UserError, ValueError), match="'cats' has more than one teacher"):
+        make_student(pipeline_folder, [cats, cats])

@@ -1,0 +1,91 @@
+"""Every recipe on the shipped tiny model: it trains, resumes to the bit, and is shared out.
+
+Shortened: few images, few steps, and a reward that needs no reading.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from toy.run import ROOT, column, metrics_of, python, weights_of
+
+from mmrl.config import load
+from mmrl.runner import train
+
+RECIPES = sorted((ROOT / "configs" / "diffusion" / "tiny-sd3").glob("*.yaml"))
+SHORT = (
+    "backend.model.dtype=fp32",
+    "backend.model.lora.rank=4",
+    "rewards=[{name: jpeg_compressibility}]",
+    "evaluation.rewards=[{name: jpeg_compressibility}]",
+    "evaluation.max_prompts=1",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.every=2",
+    "checkpoint.every=1",
+    "tracking.trackers=[]",
+    "training.prompts_per_step=3",
+    "training.group_size=2",
+    "training.updates_per_epoch=2",
+    "training.micro_batch_size=7",
+)
+
+
+def runs():
+    """Recipes of one run; files with stages are made of them."""
+    return [path for path in RECIPES if "stages" not in yaml.safe_load(path.read_text())]
+
+
+def short(recipe: Path, folder: Path, *overrides: str) -> list[str]:
+    absolute = (
+        f"output_dir={folder}",
+        f"backend.model.path={ROOT / 'assets/tiny-sd3'}",
+        f"prompts.source={ROOT / 'assets/prompts/ocr-train.jsonl'}",
+        f"evaluation.source={ROOT / 'assets/prompts/ocr-eval.jsonl'}",
+    )
+    return [*absolute, *SHORT, *overrides]
+
+
+@pytest.fixture(scope="module", params=runs(), ids=lambda path: path.stem)
+def recipe(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(recipe.stem)
+    return train(load(recipe, short(recipe, folder, "training.num_steps=3")))
+
+
+def test_it_trains(unbroken):
+    losses = column(unbroken, "loss")
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(norm > 0 for norm in column(unbroken, "grad_norm"))
+
+
+def test_a_resumed_run_is_bit_identical(recipe, unbroken, tmp_path):
+    for steps, resume in ((2, False), (3, True)):
+        config = load(recipe, short(recipe, tmp_path, f"training.num_steps={steps}"))
+        train(config, resume=resume)
+    # The shorter run evaluated after its last step, as the longer one does on its way.
+    assert metrics_of(tmp_path) == metrics_of(unbroken)
+    left, right = weights_of(unbroken), weights_of(tmp_path)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_two_processes_equal_one(recipe, unbroken, tmp_path):
+    options = short(recipe, tmp_path, "training.num_steps=1")
+    done = python("-m", "mmrl", "train", recipe, *options, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, other = (
+        next(line for line in metrics_of(run) if "loss" in line) for run in (unbroken, tmp_path)
+    )
+    assert first.keys() == other.keys()
+    for name in first:
+        # Sums of float32 in another order, which the second update carries on.
+        assert other[name] == pytest.approx(first[name], rel=5e-3, abs=1e-4), name
