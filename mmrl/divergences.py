@@ -13,10 +13,14 @@ gradient of k1 is zero and that of k2 is the gradient of the divergence.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from mmrl.errors import require
+from mmrl.errors import UserError, require
+from mmrl.schema import StrictModel
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 nats before ``exp``, so that no ratio overflows float32.
@@ -54,3 +58,46 @@ def gaussian_kl(mean_gap_sq: Tensor, std: Tensor) -> Tensor:
     """
     require(bool((std > 0).all()), "gaussian_kl: std must be positive")
     return mean_gap_sq / (2.0 * std.square())
+
+
+# --- of denoising transitions N(mu, S^2 I) ------------------------------------------------------
+
+SPREAD = {"true": "step_std", "drop_dt": "diffusion"}
+"""The term of ``PolicyTerms`` whose square divides a squared gap of means, by denominator."""
+
+
+class TransitionConfig(StrictModel):
+    """Options of whatever divides a squared gap of transition means.
+
+    Released systems differ by the factor -dt between S^2 and g^2, and so do the weights published
+    for them: 0.004 of Flow-GRPO's paper belongs to ``true``, 0.04 of its later configurations to
+    ``drop_dt``.
+    """
+
+    denominator: Literal["true", "drop_dt"] = Field(
+        default="true",
+        description="true: 2 S^2, the divergence of the two steps. drop_dt: 2 g^2, which is the "
+        "same times -dt.",
+    )
+
+    @field_validator("denominator", mode="before")
+    @classmethod
+    def _written_without_quotes(cls, value: Any) -> Any:
+        # YAML reads the bare word as a truth value; nothing else can be meant here.
+        return "true" if value is True else value
+
+
+def active_spread(spread: Tensor, mask: Tensor, what: str) -> Tensor:
+    """``spread`` [B, K] where ``mask`` is true and 1 elsewhere, without gradient.
+
+    Raises:
+        UserError: not positive at a decision that exists, as at an ODE step; ``what`` says in the
+            message which quantity of which part that is.
+    """
+    active = torch.where(mask, spread.detach(), 1.0)
+    if not bool((active > 0).all()):
+        raise UserError(
+            f"{what} must be positive at every trained step, got {float(active.min()):g}; a step "
+            "of an ODE has no transition density: use a kernel that adds noise"
+        )
+    return active

@@ -57,10 +57,14 @@ def estimate(
     invalid samples, which alone lose ``keep``: other losses still see the rest.
     """
     groups = group_statistics(scores)
+    return advantages_with_metrics(normalized(scores, groups, config), scores, groups), state
+
+
+def normalized(scores: Scores, groups: GroupStatistics, config: Config) -> Tensor:
+    """[N] float64 centred rewards over the configured deviation; 0 in flat groups."""
     divisor = _divisor(scores, groups, config)
     # The divisor is 0 only where eps is 0 and squares underflow: as good as equal rewards.
-    values = torch.where(divisor > 0, groups.centred / divisor, 0.0)
-    return advantages_with_metrics(values, scores, groups), state
+    return torch.where(divisor > 0, groups.centred / divisor, 0.0)
 
 
 def _divisor(scores: Scores, groups: GroupStatistics, config: Config) -> Tensor:

@@ -1,12 +1,13 @@
-"""Importance ratios shared by the objectives."""
+"""Importance ratios and their clipping, shared by the objectives."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from mmrl.divergences import clamp_log_ratio
+from mmrl.divergences import clamp_log_ratio, k3
 from mmrl.reduction import masked_mean, where_active
 from mmrl.types import PolicyTerms, UpdateBatch
 
@@ -18,13 +19,53 @@ def logp_before(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
     return (terms.logp if batch.logp_old is None else batch.logp_old).detach()
 
 
+def raw_log_ratio(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
+    """logp - logp_old [B, K], not clamped; 0 at masked decisions, 0 everywhere on-policy."""
+    return where_active(terms.logp - logp_before(terms, batch), batch.mask)
+
+
 def log_ratio(terms: PolicyTerms, batch: UpdateBatch, importance: Importance) -> Tensor:
     """Clamped log importance ratio: [B, K] for ``decision``, [B, 1] for ``sample``.
 
     ``sample`` is the mean of the log-ratios over the decisions of the sample (the sequence ratio
     of GSPO, arXiv:2507.18071).  0 at masked decisions, exactly 0 everywhere on-policy.
     """
-    per_decision = where_active(terms.logp - logp_before(terms, batch), batch.mask)
+    per_decision = raw_log_ratio(terms, batch)
     if importance == "sample":
         return clamp_log_ratio(masked_mean(per_decision, batch.mask))
     return clamp_log_ratio(per_decision)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """max(-A r, -A clamp(r, 1 - low, 1 + high)), PPO's loss (arXiv:1707.06347, eq. 7).
+
+    ``ratio`` is [B, K] or [B, 1], ``advantages`` [B, 1]; so is the result.
+    """
+    clipped = ratio.clamp(1.0 - low, 1.0 + high)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def ratio_metrics(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """What every clipped objective logs about ``ratio``, in the shape of ``ratio``.
+
+    ``ratio/mean``; ``clip_ratio/low`` and ``clip_ratio/high``, the shares of ratios whose clip is
+    active given the sign of the advantage, and ``clip_ratio/region``, their sum.
+    """
+    ratio = ratio.detach()
+    below = (ratio < 1.0 - low) & (advantages < 0)
+    above = (ratio > 1.0 + high) & (advantages > 0)
+    return {
+        "ratio/mean": ratio,
+        "clip_ratio/low": below,
+        "clip_ratio/high": above,
+        "clip_ratio/region": below | above,
+    }
+
+
+def approx_kl(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
+    """k3 of KL(old || new) [B, K] in nats per decision, without gradient; 0 where masked."""
+    # Masked log-probabilities may be anything; -inf - (-inf) must not reach the sums.
+    old, new = (
+        where_active(logp.detach(), batch.mask) for logp in (logp_before(terms, batch), terms.logp)
+    )
+    return k3(old, new)

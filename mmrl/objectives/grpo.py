@@ -10,13 +10,16 @@ the sequence ratio of GSPO (arXiv:2507.18071).  With a flow-matching likelihood 
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mmrl.divergences import k3
-from mmrl.objectives._ratio import Importance, log_ratio, logp_before
-from mmrl.reduction import tallies, where_active
+from mmrl.objectives._ratio import (
+    Importance,
+    approx_kl,
+    clipped_surrogate,
+    log_ratio,
+    ratio_metrics,
+)
+from mmrl.reduction import tallies
 from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
@@ -54,23 +57,7 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     """
     ratio = log_ratio(terms, batch, config.importance).exp()
     advantages = batch.advantages[:, None].to(ratio.dtype)
-    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    surrogate = torch.maximum(-advantages * ratio, -advantages * clipped)
-    metrics = _metrics(ratio.detach(), advantages, config)
-    # Masked log-probabilities may be anything; -inf - (-inf) must not reach the sums.
-    old, new = (
-        where_active(logp.detach(), batch.mask) for logp in (logp_before(terms, batch), terms.logp)
-    )
-    metrics["approx_kl"] = k3(old, new)
+    surrogate = clipped_surrogate(ratio, advantages, config.clip_low, config.clip_high)
+    metrics = ratio_metrics(ratio, advantages, config.clip_low, config.clip_high)
+    metrics["approx_kl"] = approx_kl(terms, batch)
     return LossTerms(loss=surrogate, metrics=tallies(metrics, batch.mask, batch.weights))
-
-
-def _metrics(ratio: Tensor, advantages: Tensor, config: Config) -> dict[str, Tensor]:
-    low = (ratio < 1.0 - config.clip_low) & (advantages < 0)
-    high = (ratio > 1.0 + config.clip_high) & (advantages > 0)
-    return {
-        "ratio/mean": ratio,
-        "clip_ratio/low": low,
-        "clip_ratio/high": high,
-        "clip_ratio/region": low | high,
-    }

@@ -27,11 +27,12 @@ def take(
     """
     assert count <= len(prompts), "preflight refuses steps larger than the prompt set"
     epoch, position = divmod(step, len(prompts) // count)
-    order = _permutation(len(prompts), seed, epoch)
+    order = permutation(len(prompts), seed, epoch)
     return [prompts[i] for i in order[position * count : (position + 1) * count]], state
 
 
 @lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+def permutation(size: int, seed: int, epoch: int) -> list[int]:
+    """The shuffle of ``range(size)`` that belongs to a seed and an epoch; not to be changed."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(size, generator=generator).tolist()

@@ -6,14 +6,19 @@ shown to fail when an operator of the module is turned round.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+from collections import Counter
+from dataclasses import replace
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
-from mmrl.types import Advantages, PolicyTerms, Scores, UpdateBatch
+from mmrl.errors import UserError
+from mmrl.types import Advantages, PolicyTerms, Prompt, Scores, UpdateBatch
 
 INF = float("inf")
 
@@ -58,6 +63,14 @@ def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, Up
         velocity_gap_reference=normal(6, 5).square(),
         velocity_gap_ema=normal(6, 5).square(),
         sigma=torch.rand(6, 5, dtype=torch.float64, generator=draw).clamp(min=0.05),
+        implicit_positive=normal(6, 5).square(),
+        implicit_negative=normal(6, 5).square(),
+        mean_gap_old=normal(6, 5).square(),
+        mean_gap_reference=normal(6, 5).square(),
+        mean_gap_teacher=normal(6, 5).square(),
+        step_size=0.1 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
+        step_std=0.5 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
+        diffusion=0.5 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
     )
     batch = batch_of(
         torch.arange(5)[None] < lengths[:, None],
@@ -68,8 +81,18 @@ def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, Up
     return terms, batch
 
 
+def fit(module: ModuleType, batch: UpdateBatch) -> UpdateBatch:
+    """``batch`` as the objective wants it: that of DiffusionNFT reads probabilities."""
+    if not module.__name__.endswith(".nft"):
+        return batch
+    return replace(batch, advantages=(batch.advantages / 10 + 0.5).clamp(0, 1))
+
+
 def random_scores(seed: int = 0) -> Scores:
-    """Ragged, interleaved groups 7, 2, 9, 4; group 9 is flat, 4 has one valid sample of two."""
+    """Ragged, interleaved groups 7, 2, 9, 4; group 9 is flat, 4 has one valid sample of two.
+
+    Reward ``a`` applies to every valid sample, ``b`` to some of them only.
+    """
     group = torch.tensor([7, 2, 7, 9, 2, 7, 9, 4, 2, 7, 9, 4, 7])
     valid = torch.ones(13, dtype=torch.bool)
     valid[[5, 11]] = False
@@ -77,7 +100,13 @@ def random_scores(seed: int = 0) -> Scores:
     combined = torch.randn(13, dtype=torch.float64, generator=draw)
     combined[group == 9] = 0.1
     combined[~valid] = 100.0
-    return Scores(combined=combined, group=group, valid=valid)
+    nan = torch.full((13,), math.nan, dtype=torch.float64)
+    some = valid & torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    by_name = {
+        "a": torch.where(valid, combined, nan),
+        "b": torch.where(some, torch.randn(13, dtype=torch.float64, generator=draw), nan),
+    }
+    return Scores(combined=combined, group=group, valid=valid, by_name=by_name)
 
 
 def close(actual, expected, tolerance: float = 1e-12) -> None:
@@ -151,8 +180,123 @@ def check_ratio(module: ModuleType) -> None:
         actual = module.log_ratio(terms, batch, importance).exp()
         for (b, k), ratio in ratios(terms, batch, importance).items():
             close(actual[b, k], ratio)
-    terms, batch = random_case(on_policy=True)
-    assert torch.equal(module.log_ratio(terms, batch, "decision"), torch.zeros(6, 5).double())
+    for b, k in entries(batch.mask):
+        gap = terms.logp[b, k].item() - batch.logp_old[b, k].item()
+        close(module.raw_log_ratio(terms, batch)[b, k], gap)
+        close(module.approx_kl(terms, batch)[b, k], math.exp(gap) - 1 - gap)
+    on_policy, batch = random_case(on_policy=True)
+    assert torch.equal(module.log_ratio(on_policy, batch, "decision"), torch.zeros(6, 5).double())
+    check_clipping(module)
+
+
+def check_clipping(module: ModuleType) -> None:
+    values, signs, low, high = (0.5, 0.85, 1.0, 1.2, 2.0), (-2.0, 0.0, 3.0), 0.1, 0.3
+    given = float64([values] * 3), float64(signs)[:, None], low, high
+    loss, metrics = module.clipped_surrogate(*given), module.ratio_metrics(*given)
+    close(metrics["ratio/mean"], [values] * 3)
+    for b, advantage in enumerate(signs):
+        for k, ratio in enumerate(values):
+            below, above = ratio < 1 - low and advantage < 0, ratio > 1 + high and advantage > 0
+            close(loss[b, k], clipped(ratio, advantage, low, high))
+            assert metrics["clip_ratio/low"][b, k] == below
+            assert metrics["clip_ratio/high"][b, k] == above
+            assert metrics["clip_ratio/region"][b, k] == (below or above)
+
+
+GUARD_SWITCHES = ("drift_correction", "std_normalisation", "reweight")
+
+
+def guard_log_ratios(terms: PolicyTerms, batch: UpdateBatch, config, b: int, k: int):
+    """Plain and corrected log-ratio of one decision."""
+    gap, s = terms.mean_gap_old[b, k].item(), terms.step_std[b, k].item()
+    plain = terms.logp[b, k].item() - batch.logp_old[b, k].item()
+    corrected = plain + (gap / (2 * s * s) if config.drift_correction else 0.0)
+    return plain, corrected * (s if config.std_normalisation else 1.0)
+
+
+def check_grpo_guard(module: ModuleType) -> None:
+    for drift, std, reweight in itertools.product((False, True), repeat=3):
+        switches = dict(zip(GUARD_SWITCHES, (drift, std, reweight), strict=True))
+        config = module.Config(clip_low=0.1, clip_high=0.3, **switches)
+        check_guard_config(module, config)
+        expected = {"logp"} | ({"mean_gap_old", "step_std"} if drift else set())
+        expected |= ({"step_std"} if std else set()) | ({"step_size"} if reweight else set())
+        assert module.needs(config) == expected
+        with_levels = config.model_copy(update={"log_by_sigma": True})
+        assert module.needs(with_levels) == expected | {"sigma"}
+
+
+def check_guard_config(module: ModuleType, config) -> None:
+    terms, batch = random_case()
+    out = module.loss(terms, batch, config)
+    advantages, moments, used = batch.advantages.tolist(), Counter(), trained(batch)
+    for b, k in entries(batch.mask):
+        plain, corrected = guard_log_ratios(terms, batch, config, b, k)
+        weight = 1 / terms.step_size[b, k].item() if config.reweight else 1.0
+        close(out.loss[b, k], weight * clipped(math.exp(corrected), advantages[b], 0.1, 0.3))
+        if (b, k) in used:
+            moments.update({"mean_raw": plain, "sq_raw": plain**2})
+            moments.update({"mean": corrected, "sq": corrected**2, "ratio": math.exp(corrected)})
+    for name in ("mean_raw", "sq_raw", "mean", "sq"):
+        close(out.metrics[f"log_ratio/{name}"], (moments[name], len(used)))
+    close(out.metrics["ratio/mean"], (moments["ratio"], len(used)))
+    check_guard_levels(module, config, terms, batch)
+
+
+def check_guard_levels(module: ModuleType, config, terms: PolicyTerms, batch: UpdateBatch) -> None:
+    levels = (0.96, 0.5, 0.96, 0.25, 0.125)
+    terms = replace(terms, sigma=float64([levels] * 6))
+    metrics = module.loss(terms, batch, config.model_copy(update={"log_by_sigma": True})).metrics
+    for level in set(levels):
+        at = [(b, k) for b, k in trained(batch) if levels[k] == level]
+        values = [guard_log_ratios(terms, batch, config, b, k)[1] for b, k in at]
+        close(metrics[f"log_ratio/mean/{level:.3f}"], (sum(values), len(at)))
+        close(metrics[f"log_ratio/sq/{level:.3f}"], (sum(v * v for v in values), len(at)))
+
+
+def check_nft(module: ModuleType) -> None:
+    terms, batch = random_case()
+    optimality = (0.0, 0.2, 0.5, 0.9, 1.0, 7.0)  # the last sample is padding
+    batch = replace(batch, advantages=float64(optimality))
+    out = module.loss(terms, batch, module.Config(adv_scale=3.0))
+    positive, negative = terms.implicit_positive.tolist(), terms.implicit_negative.tolist()
+    for b, k in entries(batch.mask):
+        r = optimality[b]
+        close(out.loss[b, k], 3 * (r * positive[b][k] + (1 - r) * negative[b][k]))
+    used = trained(batch)
+    close(out.metrics["nft/positive"], (sum(positive[b][k] for b, k in used), len(used)))
+    close(out.metrics["nft/negative"], (sum(negative[b][k] for b, k in used), len(used)))
+    close(out.metrics["nft/optimality"], (0.0 + 0.2 + 0.5 + 1.0, 4))  # row 3 has no decision
+    assert module.needs(module.Config()) == {"implicit_positive", "implicit_negative"}
+    for wrong in (-0.01, 1.01, math.nan):
+        refused = replace(batch, advantages=float64([wrong, 0, 0, 0, 0, 0]))
+        with pytest.raises(UserError, match="not a probability"):
+            module.loss(terms, refused, module.Config())
+
+
+def check_opd(module: ModuleType) -> None:
+    terms, batch = random_case()
+    ode = torch.tensor([False, True, False, True, True])
+    terms = replace(
+        terms,
+        step_std=terms.step_std.masked_fill(ode, 0),
+        diffusion=terms.diffusion.masked_fill(ode, 0),
+    )
+    gap = terms.mean_gap_teacher.tolist()
+    for name, spread in (("true", terms.step_std), ("drop_dt", terms.diffusion)):
+        config = module.Config(denominator=name)
+        out = module.loss(terms, batch, config)
+        expected = {
+            (b, k): gap[b][k] / 2 if ode[k] else gap[b][k] / (2 * spread[b, k].item() ** 2)
+            for b, k in entries(batch.mask)
+        }
+        for (b, k), value in expected.items():
+            close(out.loss[b, k], value)
+        used = trained(batch)
+        close(out.metrics["opd/divergence"], (sum(expected[key] for key in used), len(used)))
+        close(out.metrics["opd/mean_gap"], (sum(gap[b][k] for b, k in used), len(used)))
+        term = {"true": "step_std", "drop_dt": "diffusion"}[name]
+        assert module.needs(config) == {"mean_gap_teacher", term}
 
 
 def check_reinforce(module: ModuleType) -> None:
@@ -181,6 +325,11 @@ def check_divergences(module: ModuleType) -> None:
         close(actual, [formula(a - b) for a, b in zip(new, other, strict=True)])
     close(module.clamp_log_ratio(float64([-1e3, -3, 3, 1e3])), [-20, -3, 3, 20])
     close(module.gaussian_kl(float64([0.5, 2]), float64([0.7, 3])), [0.5 / 0.98, 2 / 18])
+    spread, mask = float64([[0.5, 0.0]]), torch.tensor([[True, False]])
+    close(module.active_spread(spread, mask, "S"), [[0.5, 1.0]])
+    for wrong in (0.0, -0.5, math.nan):
+        with pytest.raises(UserError, match="S must be positive at every trained step"):
+            module.active_spread(float64([[wrong, 0.0]]), mask, "S")
 
 
 def elbo(gap: float, sigma: float) -> float:
@@ -228,6 +377,23 @@ def check_velocity_regulariser(module: ModuleType, gap: str = "velocity_gap_ema"
     assert module.needs(module.Config(coef=0.5)) == {gap}
     assert module.needs(module.Config(coef=0.5, estimator="velocity_elbo")) == {gap, "sigma"}
     assert module.needs(module.Config(coef=0)) == set()
+
+
+def check_kl_transition(module: ModuleType) -> None:
+    terms, batch = random_case()
+    gap = terms.mean_gap_reference.tolist()
+    for name, term in (("true", "step_std"), ("drop_dt", "diffusion")):
+        config, spread = module.Config(coef=0.5, denominator=name), getattr(terms, term).tolist()
+        out = module.loss(terms, batch, config)
+        expected = {(b, k): gap[b][k] / (2 * spread[b][k] ** 2) for b, k in entries(batch.mask)}
+        for (b, k), value in expected.items():
+            close(out.loss[b, k], value)
+        used = trained(batch)
+        close(out.metrics["kl_transition"], (sum(expected[key] for key in used), len(used)))
+        assert module.needs(config) == {"mean_gap_reference", term}
+    off = module.Config(coef=0)
+    assert module.needs(off) == set()
+    assert not module.loss(PolicyTerms(logp=terms.logp), batch, off).loss.any()
 
 
 # --- advantages and modulators --------------------------------------------------------------------
@@ -293,6 +459,43 @@ def check_leave_one_out(module: ModuleType) -> None:
         close(advantages.values[i], reward - statistics.fmean(others) if usable else 0.0)
 
 
+def check_per_reward(module: ModuleType) -> None:
+    scores = random_scores()
+    for weights in ({"a": 2.0, "b": -0.5}, {"a": 0.0, "b": 1.0}, None):
+        for kind in ("group", "global"):
+            config = module.Config(weights=weights, deviation=kind, ddof=1, eps=1e-3)
+            result, _ = module.estimate(scores, config, {})
+            used = {n: w for n, w in (weights or {"a": 1.0, "b": 1.0}).items() if w}
+            alone = {name: one_reward(scores, name) for name in used}
+            values = {name: expected_group(alone[name], config) for name in used}
+            for i in range(13):
+                close(result.values[i], sum(w * values[name][i] for name, w in used.items()))
+                assert result.keep[i] == any(alone[name].valid[i] for name in used)
+            total = [
+                sum(w * alone[n].combined[i].item() for n, w in used.items()) for i in range(13)
+            ]
+            pooled = Scores(combined=float64(total), group=scores.group, valid=result.keep)
+            found = [rewards for rewards in rewards_by_group(pooled).values() if rewards]
+            spread = statistics.fmean(deviation(rewards, 0) for rewards in found)
+            close(result.metrics["reward_std"], spread)
+
+
+def one_reward(scores: Scores, name: str) -> Scores:
+    raw = scores.by_name[name].tolist()
+    return Scores(
+        combined=float64([0.0 if math.isnan(value) else value for value in raw]),
+        group=scores.group,
+        valid=torch.tensor([not math.isnan(value) for value in raw]),
+    )
+
+
+def check_none(module: ModuleType) -> None:
+    result, state = module.estimate(random_scores(), module.Config(), {"seen": 1})
+    assert result.values.tolist() == [0.0] * 13
+    assert result.keep.all()
+    assert (result.metrics, state) == ({}, {"seen": 1})
+
+
 def check_groups(module: ModuleType) -> None:
     scores = random_scores()
     groups = module.group_statistics(scores)
@@ -345,6 +548,71 @@ def check_drop_zero(module: ModuleType) -> None:
     close(out.values, some_advantages().values.tolist())
     assert out.keep.tolist() == [True, True, False, True, False, True]
     assert out.metrics == {"reward_std": 1.0, "advantage/dropped": 0.2}
+
+
+SHAPED = {
+    "all": lambda a: a,
+    "positive_only": lambda a: max(a, 0.0),
+    "negative_only": lambda a: min(a, 0.0),
+    "one_only": lambda a: 1.0 if a > 0 else 0.0,
+    "binary": lambda a: float((a > 0) - (a < 0)),
+}
+
+
+def check_optimality(module: ModuleType) -> None:
+    given = some_advantages()
+    for mode, shape in SHAPED.items():
+        for bound in (5.0, 2.0, 0.5):
+            out = module.modulate(given, no_scores(), module.Config(bound=bound, mode=mode))
+            shaped = [shape(max(-bound, min(bound, a))) for a in given.values.tolist()]
+            expected = [min(1.0, max(0.0, a / bound / 2 + 0.5)) for a in shaped]
+            expected[4] = 0.0  # not kept
+            close(out.values, expected)
+            assert out.keep.tolist() == given.keep.tolist()
+            close(out.metrics["optimality/mean"], sum(expected) / 5)
+            clipped = sum(abs(a) > bound for a in given.values.tolist())
+            close(out.metrics["advantage/clip_ratio"], clipped / 5)
+            assert out.metrics["reward_std"] == 1.0
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def task_prompts(**sizes: int) -> list[Prompt]:
+    """``name=size`` prompts of each task, interleaved as in a shuffled file."""
+    rows = sorted((i / size, name) for name, size in sizes.items() for i in range(size))
+    return [
+        Prompt(id=f"{i}", text=f"{name} {i}", columns={"task": name})
+        for i, (_, name) in enumerate(rows)
+    ]
+
+
+def check_round_robin(module: ModuleType) -> None:
+    prompts, config, state = task_prompts(b=5, a=4, c=7), module.Config(), {}
+    taken: list[Prompt] = []
+    for step, count in enumerate((4, 5, 12, 2, 7, 6)):
+        chosen, state = module.take(prompts, count, step, 3, config, state)
+        assert len({prompt.id for prompt in chosen}) == count
+        taken += chosen
+    assert [prompt.columns["task"] for prompt in taken] == ["a", "b", "c"] * 12
+    assert state["slot"] == 36
+    for name, size in (("a", 4), ("b", 5), ("c", 7)):
+        check_epochs(module, [p for p in prompts if p.columns["task"] == name], size, config)
+    module.take(prompts, 12, 0, 3, config, {})  # task a has 4 prompts, so 3 x 4 is the most
+    with pytest.raises(UserError, match=r"up to 5 prompts of task 'a' .* allowed: 12 or less"):
+        module.take(prompts, 13, 0, 3, config, {})
+
+
+def check_epochs(module: ModuleType, prompts: list[Prompt], size: int, config) -> None:
+    """One by one, a task goes through all its prompts before any comes again."""
+    state, taken = {}, []
+    for step in range(3 * size):
+        (prompt,), state = module.take(prompts, 1, step, 3, config, state)
+        taken.append(prompt.id)
+    assert [list(cursor) for cursor in state["cursors"].values()] == [[2, size]]
+    epochs = [taken[i * size : (i + 1) * size] for i in range(3)]
+    assert all(sorted(epoch) == sorted(p.id for p in prompts) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3, "every epoch has its own shuffle"
 
 
 # --- reduction ------------------------------------------------------------------------------------

@@ -6,18 +6,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core_oracles import AGGREGATIONS, batch_of, close, float64, random_case, reduced
+from core_oracles import AGGREGATIONS, batch_of, close, fit, float64, random_case, reduced
 
 from mmrl import divergences, reduction
 from mmrl.errors import UserError
-from mmrl.objectives import grpo, reinforce
-from mmrl.regularisers import kl_ema, kl_reference
+from mmrl.objectives import grpo, grpo_guard, nft, opd, reinforce
+from mmrl.regularisers import kl_ema, kl_reference, kl_transition
 from mmrl.types import PolicyTerms
 
-OBJECTIVES = {
+POLICY_GRADIENTS = {
     "decision": (grpo, grpo.Config(clip_low=0.1, clip_high=0.3)),
     "sample": (grpo, grpo.Config(clip_low=0.01, clip_high=0.1, importance="sample")),
     "reinforce": (reinforce, reinforce.Config()),
+}
+OBJECTIVES = {
+    **POLICY_GRADIENTS,
+    "guard": (grpo_guard, grpo_guard.Config(clip_low=0.1, clip_high=0.3)),
+}
+DISTILLATIONS = {
+    "nft": (nft, nft.Config()),
+    "opd": (opd, opd.Config()),
+    "opd_drop_dt": (opd, opd.Config(denominator="drop_dt")),
 }
 PENALTIES = {
     **{
@@ -26,15 +35,30 @@ PENALTIES = {
     },
     "ema": (kl_ema, kl_ema.Config()),
     "ema_elbo": (kl_ema, kl_ema.Config(estimator="velocity_elbo")),
+    "transition": (kl_transition, kl_transition.Config()),
+    "transition_drop_dt": (kl_transition, kl_transition.Config(denominator="drop_dt")),
 }
-LOSSES = {**OBJECTIVES, **PENALTIES}
-DIFFERENTIABLE = ("logp", "velocity_gap_reference", "velocity_gap_ema")
+LOSSES = {**OBJECTIVES, **DISTILLATIONS, **PENALTIES}
+DIFFERENTIABLE = (
+    "logp",
+    "velocity_gap_reference",
+    "velocity_gap_ema",
+    "implicit_positive",
+    "implicit_negative",
+    "mean_gap_old",
+    "mean_gap_reference",
+    "mean_gap_teacher",
+)
+CONSTANT = ("logp_ref", "sigma", "step_size", "step_std", "diffusion")
+by_policy_gradient = pytest.mark.parametrize(
+    ("module", "config"), POLICY_GRADIENTS.values(), ids=POLICY_GRADIENTS
+)
 by_objective = pytest.mark.parametrize(("module", "config"), OBJECTIVES.values(), ids=OBJECTIVES)
 by_loss = pytest.mark.parametrize(("module", "config"), LOSSES.values(), ids=LOSSES)
 
 
 def value_of(module, config, terms, batch, aggregation="decision_mean"):
-    loss = module.loss(terms, batch, config).loss
+    loss = module.loss(terms, fit(module, batch), config).loss
     return reduced(reduction, loss, batch.mask, batch.weights, aggregation, 7)
 
 
@@ -47,20 +71,21 @@ def gradients(module, config, terms, batch, aggregation="decision_mean"):
 @by_loss
 def test_gradient_matches_finite_differences(module, config):
     terms, batch = random_case()
+    names = [name for name in DIFFERENTIABLE if name in module.needs(config)]
 
     def value(*leaves):
-        named = dict(zip(DIFFERENTIABLE, leaves, strict=True))
+        named = dict(zip(names, leaves, strict=True))
         return value_of(module, config, replace(terms, **named), batch)
 
-    leaves = [getattr(terms, name).detach().requires_grad_() for name in DIFFERENTIABLE]
+    leaves = [getattr(terms, name).detach().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(value, leaves, eps=1e-6, atol=1e-7)
     assert any(g is not None and g.any() for g in gradients(module, config, terms, batch))
 
 
-@by_objective
+@by_policy_gradient
 @pytest.mark.parametrize("explicit", [True, False], ids=["stored", "none"])
 def test_on_policy_gradient_is_the_policy_gradient(module, config, explicit):
-    """At logp == logp_old every objective has the gradient of -A logp (or of its sample mean)."""
+    """At logp == logp_old each of them has the gradient of -A logp (or of its sample mean)."""
     terms, batch = random_case(on_policy=True)
     if explicit:
         batch = replace(batch, logp_old=terms.logp.detach().clone())
@@ -131,8 +156,8 @@ def test_padding_changes_nothing(module, config, aggregation):
         return None if value is None else torch.nn.functional.pad(value, (0, 3, 0, 1), value=filler)
 
     named = {name: padded(getattr(terms, name), float("nan")) for name in DIFFERENTIABLE}
+    named |= {name: padded(getattr(terms, name), 0.0) for name in CONSTANT}
     named["logp_ref"] = padded(terms.logp_ref, float("-inf"))
-    named["sigma"] = padded(terms.sigma, 0.0)
     more = PolicyTerms(**named)
     wide = batch_of(
         padded(batch.mask, False),
@@ -149,15 +174,15 @@ def test_padding_changes_nothing(module, config, aggregation):
         if before is not None:
             close(after[:6, :5], before.tolist())
             assert after.isfinite().all()
-    assert module.loss(more, wide, config).metrics.keys() == (
-        module.loss(terms, batch, config).metrics.keys()
-    )
-    for name, pair in module.loss(more, wide, config).metrics.items():
-        close(pair, module.loss(terms, batch, config).metrics[name])
+    metrics = module.loss(terms, fit(module, batch), config).metrics
+    more_metrics = module.loss(more, fit(module, wide), config).metrics
+    assert more_metrics.keys() == metrics.keys()
+    for name, pair in more_metrics.items():
+        close(pair, metrics[name])
 
 
 def rows(terms, batch, index):
-    named = {name: getattr(terms, name)[index] for name in (*DIFFERENTIABLE, "logp_ref", "sigma")}
+    named = {name: getattr(terms, name)[index] for name in (*DIFFERENTIABLE, *CONSTANT)}
     part = batch_of(
         batch.mask[index], batch.advantages[index], batch.weights[index], batch.logp_old[index]
     )
@@ -174,7 +199,7 @@ def test_micro_batches_in_any_order_give_the_same_step(module, config, aggregati
     value = 0.0
     for part, micro in parts:
         weights = reduction.decision_weights(micro.mask, micro.weights, aggregation, 7)
-        loss = module.loss(part, micro, config).loss
+        loss = module.loss(part, fit(module, micro), config).loss
         value += reduction.weighted_sum(loss, weights).item() / reduction.step_denominator(total)
     close(value, value_of(module, config, terms, batch, aggregation).item())
 
@@ -185,12 +210,11 @@ def test_extremes_are_finite_in_float32(module, config, gap):
     """Log-ratios of 1e3 nats: loss and gradient are finite, nothing overflows in float32."""
     mask = torch.ones(2, 3, dtype=torch.bool)
     shape = {name: torch.full((2, 3), 1e3) for name in DIFFERENTIABLE[1:]}
+    shape |= {name: torch.full((2, 3), 1e-3) for name in CONSTANT[1:]}
     logp = torch.full((2, 3), gap)
-    terms = PolicyTerms(
-        logp=logp, logp_ref=torch.zeros(2, 3), sigma=torch.full((2, 3), 1e-3), **shape
-    )
+    terms = PolicyTerms(logp=logp, logp_ref=torch.zeros(2, 3), **shape)
     batch = batch_of(mask, float64([5, -5]), logp_old=torch.zeros(2, 3))
-    out = module.loss(terms, batch, config)
+    out = module.loss(terms, fit(module, batch), config)
     assert out.loss.isfinite().all()
     assert all(torch.tensor(pair).isfinite().all() for pair in out.metrics.values())
     for gradient in gradients(module, config, terms, batch):

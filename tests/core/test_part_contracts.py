@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from core_oracles import random_case, random_scores
+from core_oracles import fit, random_case, random_scores
 
 from mmrl.resolve import entries, names, resolve
 from mmrl.schema import StrictModel
@@ -20,7 +20,10 @@ FUNCTIONS = {
     "regularisers": ("needs", "loss"),
     "advantages": ("estimate",),
     "modulators": ("modulate",),
+    "samplers": ("take",),
 }
+KEEPS_UNSCORED = {"none"}
+"""Estimators that train on samples without a reward, because they read none."""
 PARTS = [(kind, name) for kind in FUNCTIONS for name in names(kind)]
 
 
@@ -34,6 +37,7 @@ def test_shipped_parts_are_found():
     assert {("advantages", "group"), ("advantages", "leave_one_out")} <= set(PARTS)
     assert {("modulators", "clip"), ("modulators", "drop_zero")} <= set(PARTS)
     assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
+    assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
 
 
 @parts(*FUNCTIONS)
@@ -88,6 +92,7 @@ def test_losses(kind, name, on_policy):
     module = resolve(kind, name)
     config = config_of(module)
     terms, batch = random_case(on_policy=on_policy)
+    batch = fit(module, batch)
     needs = module.needs(config)
     assert isinstance(needs, frozenset)
     assert needs <= set(TERMS)
@@ -108,7 +113,7 @@ def test_losses(kind, name, on_policy):
 def test_losses_of_a_batch_without_trained_samples(kind, name):
     module = resolve(kind, name)
     terms, batch = random_case()
-    idle = replace(batch, weights=torch.zeros(6).double())
+    idle = replace(fit(module, batch), weights=torch.zeros(6).double())
     out = module.loss(terms, idle, config_of(module))
     assert all(pair == (0, 0) for pair in out.metrics.values())
 
@@ -141,7 +146,7 @@ def test_estimators(kind, name):
     scores = random_scores()
     advantages, state = module.estimate(scores, module.Config(), {})
     assert isinstance(advantages, Advantages)
-    assert not advantages.keep[~scores.valid].any()
+    assert name in KEEPS_UNSCORED or not advantages.keep[~scores.valid].any()
     assert not advantages.values[~scores.valid].any()
     assert json.loads(json.dumps(state)) == state
     assert all(isinstance(value, float) for value in advantages.metrics.values())

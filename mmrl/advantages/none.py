@@ -1,0 +1,30 @@
+"""No advantage at all: zeros, for objectives that learn from something else than rewards.
+
+Every sample is kept, scored or not: in distillation rewards are there to be watched, and one that
+failed is no reason to leave a sample out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmrl.schema import StrictModel
+from mmrl.types import Advantages, Scores
+
+PAPER = ""
+MIN_GROUP_SIZE = 1
+
+
+class Config(StrictModel):
+    """Nothing to configure."""
+
+
+def estimate(
+    scores: Scores, config: Config, state: dict[str, Any]
+) -> tuple[Advantages, dict[str, Any]]:
+    """Zeros for all samples, invalid ones included, and the unchanged ``state``."""
+    del config
+    everything = torch.ones_like(scores.valid)
+    return Advantages(values=torch.zeros_like(scores.combined), keep=everything), state
