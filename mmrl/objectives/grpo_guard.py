@@ -9,8 +9,9 @@ Gaussian step has mean -b and a spread that grows with 1/S, so a clip range acts
 on some steps only.  With x' = mu_old + S z the log r above is mean(z (mu - mu_old)): mean zero, no
 trace of S.  Dividing by -dt evens out the gradients of the steps.
 
-``logp`` must be a Gaussian log-density, with means over latent dimensions throughout.  That of the
-``cps`` kernel is not: it leaves out 1 / (2 S^2), which b restores here.
+``logp`` must be the Gaussian log-density of the step, with means over latent dimensions throughout.
+That of the ``cps`` kernel leaves out 1 / (2 S^2), so b does not centre it: use ``flow_sde`` or
+``dance_sde``.
 """
 
 from __future__ import annotations
