@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 USER_MISTAKE, FAILED_CHECK, INTERRUPTED = 2, 1, 130
 
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/quickstart.yaml.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML file of a run, see configs/quickstart.yaml, or of several runs, with `stages`.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
         help="Settings that replace those of the file, such as training.num_steps=10 or "
-        "rewards.0.weight=2.",
+        "rewards.0.weight=2; with stages, of all of them, or STAGE.KEY=VALUE of one.",
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -83,8 +87,13 @@ def train(
 ) -> None:
     """Train a model; ends with a table of held-out results and a run folder with a report.
 
+    A file with `stages` trains one run after another, such as teachers and their student; what is
+    finished is not trained again with [bold]--resume[/].
+
     Prefix it with [bold]accelerate launch -m[/] to use several processes or GPUs.
     """
+    if _has_stages(config):
+        return _train_stages(config, overrides, resume)
     loaded = _load(config, overrides)
     from mmrl.runner import train as run_training
 
@@ -98,15 +107,25 @@ def train(
 
 @app.command(epilog="Example: mmrl check configs/quickstart.yaml training.group_size=16")
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Validate a configuration and print what it amounts to; loads no weights."""
-    loaded = _load(config, overrides)
-    from mmrl.preflight import describe
+    """Validate a configuration, or that of every stage, and print what it amounts to.
 
-    table = _table("", "", title=loaded.name, show_header=False)
-    for name, value in describe(loaded):
-        table.add_row(name, value)
+    Loads no weights.
+    """
+    if _has_stages(config):
+        from mmrl import stages
+
+        tables = stages.describe(stages.load(config, overrides or []))
+    else:
+        loaded = _load(config, overrides)
+        from mmrl.preflight import describe
+
+        tables = [(loaded.name, describe(loaded))]
     console = _console()
-    console.print(table)
+    for title, lines in tables:
+        table = _table("", "", title=title, show_header=False)
+        for name, value in lines:
+            table.add_row(name, value)
+        console.print(table)
     console.print(f"{config}: valid", style="green")
 
 
@@ -223,6 +242,16 @@ def doctor() -> None:
         raise typer.Exit(FAILED_CHECK)
 
 
+def stages_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Steps, costs and held-out results of each stage and of all, for the terminal."""
+    table = _table(title="Stages")
+    for name in head:
+        table.add_column(name, justify="left" if name in ("stage", "held-out metric") else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def results_table(changes: Sequence[Change]) -> Table:
     """Before, after and best of each evaluation metric, for the terminal."""
     from mmrl.report import number
@@ -296,6 +325,24 @@ def _load(path: Path, overrides: Sequence[str] | None) -> RunConfig:
     from mmrl.config import load
 
     return load(path, overrides or [])
+
+
+def _has_stages(path: Path) -> bool:
+    from mmrl.config import read_yaml
+    from mmrl.stages import is_stages_file
+
+    return is_stages_file(read_yaml(path))
+
+
+def _train_stages(path: Path, overrides: Sequence[str] | None, resume: bool) -> None:
+    from mmrl import stages
+
+    plan, console = stages.load(path, overrides or []), _console()
+    summaries = stages.train(
+        plan, resume=resume, main=is_main_process(), announce=lambda text: console.print(Text(text))
+    )
+    console.print(stages_table(stages.HEAD, stages.table_rows(summaries)))
+    console.print(f"Report: {plan.folder / stages.REPORT}", soft_wrap=True)
 
 
 def _message(error: UserError | ValidationError) -> str:

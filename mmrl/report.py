@@ -121,6 +121,27 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def write_stages(
+    name: str, head: Sequence[str], rows: Sequence[Sequence[str]], runs: Sequence[Path], out: Path
+) -> Path:
+    """Write one page for runs that followed each other: the table ``rows``, curves and samples.
+
+    ``runs`` are in the folder of ``out``, each with a report of its own, which the page links.
+    """
+    folders = [read_run(run) for run in runs]
+    names = [run.name for run in runs]
+    links = ", ".join(f'<a href="{_text(n)}/report.html">{_text(n)}</a>' for n in names)
+    sections = [
+        f"<header><h1>{_text(name)}</h1><p>Reports of the stages: {links}</p></header>",
+        _section("Costs and results", _table(head, rows)),
+        _section("Curves", _comparison_curves(folders, names)),
+        _section("Last samples", _last_samples(folders, names)),
+        _section("Settings that differ", _differences(folders, names)),
+    ]
+    out.write_text(_page(name, sections), encoding="utf-8")
+    return out
+
+
 def labels(folders: Sequence[RunFolder]) -> list[str]:
     """A distinct name for each run: the configured one, or its path where two share it."""
     names = [folder.name for folder in folders]

@@ -7,9 +7,7 @@ it the plugin afterwards, and from there on everything is what ``accelerate laun
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -19,32 +17,17 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from test_tiny_sd3_runs import small_config
-from toy.run import metrics_of, weights_of
+from toy.run import ROOT, SMALLER, metrics_of, python, small_config, weights_of
 
 from mmrl.config import parse
 from mmrl.runner import train
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 RUNS = {
     # Trained float32 next to frozen bfloat16 in one sharded block.
     "adapter": ("backend.model.dtype=bf16", "optimizer.learning_rate=1e-4"),
     "whole": ("backend.model.lora=null", "optimizer.learning_rate=1e-4"),
 }
 RESUMED = "adapter"
-COMMON = (
-    "backend.likelihood.behaviour=ema",
-    "rewards=[{name: jpeg_compressibility}]",
-    "evaluation.rewards=[{name: jpeg_compressibility}]",
-    "evaluation.every=2",
-    "evaluation.max_prompts=1",
-    "backend.rollout.num_steps=2",
-    "training.group_size=2",
-    "training.num_steps=2",
-    "training.prompts_per_step=2",
-    "training.micro_batch_size=2",
-)
 
 
 def sharding_accelerator(*args, **options):
@@ -91,14 +74,9 @@ def runs(tmp_path_factory):
     configs = {}
     for name, options in RUNS.items():
         (folder / name).mkdir()
-        configs[name] = small_config(folder / name, *COMMON, *options)
+        configs[name] = small_config(folder / name, *SMALLER, *options)
         (folder / name / "config.yaml").write_text(yaml.safe_dump(configs[name]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(Path(__file__).resolve()), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python(Path(__file__).resolve(), folder, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, config in configs.items():
         AcceleratorState._reset_state()

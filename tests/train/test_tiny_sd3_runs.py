@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from toy.run import metrics_of, weights_of
+from toy.run import ROOT, launch, metrics_of, small_config, weights_of
 
 from mmrl.checkpoint import found
-from mmrl.config import apply_overrides, parse, read_yaml
+from mmrl.config import parse
 from mmrl.runner import sample, train
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-SMALL = (
-    "backend.model.dtype=fp32",
-    "backend.model.lora.rank=4",
-    "backend.rollout.num_steps=3",
-    "backend.rollout.batch_size=3",
-    "backend.likelihood.num_times=2",
-    "training.num_steps=3",
-    "training.prompts_per_step=3",
-    "training.group_size=3",
-    "training.micro_batch_size=4",
-    "training.updates_per_epoch=2",
-    "evaluation.max_prompts=2",
-    "evaluation.samples_per_prompt=1",
-    "evaluation.every=2",
-    "checkpoint.every=1",
-    "tracking.trackers=[]",
-)
-
-
-def small_config(folder: Path, *overrides: str) -> dict:
-    """The quickstart at the smallest size that still does everything."""
-    data = read_yaml(ROOT / "configs" / "quickstart.yaml")
-    absolute = (
-        f"output_dir={folder / 'run'}",
-        f"backend.model.path={ROOT / 'assets/tiny-sd3'}",
-        f"prompts.source={ROOT / 'assets/prompts/ocr-train.jsonl'}",
-        f"evaluation.source={ROOT / 'assets/prompts/ocr-eval.jsonl'}",
-    )
-    return apply_overrides(data, [*absolute, *SMALL, *overrides])
-
-
-def launch(folder: Path, *words: str, processes: int = 1, **extra: str):
-    """``mmrl train`` on a written configuration, in processes of its own."""
-    folder.mkdir(exist_ok=True)
-    (folder / "small.yaml").write_text(yaml.safe_dump(small_config(folder, *extra.pop("set", ()))))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else [])]
-    command += ["-m", "mmrl", "train", str(folder / "small.yaml"), *words]
-    paths = f"{HERE}{os.pathsep}{ROOT}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **extra}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A finished run in one process."""
     folder = tmp_path_factory.mktemp("unbroken")
-    done = launch(folder)
+    done = launch(small_config(folder), folder / "small.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run"
 
@@ -78,11 +28,12 @@ def unbroken(tmp_path_factory):
 def test_sigkill_and_resume_is_bit_identical(unbroken, tmp_path):
     killer = ["rewards.0.name=toy.rewards.ocr_that_kills", "rewards.0.label=ocr"]
     extra = {"TOY_KILL_MARKER": str(tmp_path / "killed"), "TOY_KILL_CALL": "5"}
-    killed = launch(tmp_path / "broken", *killer, **extra)
+    config, path = small_config(tmp_path, *killer), tmp_path / "small.yaml"
+    killed = launch(config, path, **extra)
     assert killed.returncode == -signal.SIGKILL
-    run = tmp_path / "broken" / "run"
+    run = tmp_path / "run"
     assert [p.name for p in found(run)] == ["checkpoint-1"]
-    resumed = launch(tmp_path / "broken", *killer, "--resume", **extra)
+    resumed = launch(config, path, "--resume", **extra)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics_of(run) == metrics_of(unbroken)
     left, right = weights_of(unbroken), weights_of(run)
@@ -91,9 +42,9 @@ def test_sigkill_and_resume_is_bit_identical(unbroken, tmp_path):
 
 
 def test_two_processes_equal_one(unbroken, tmp_path):
-    done = launch(tmp_path / "two", processes=2)
+    done = launch(small_config(tmp_path), tmp_path / "small.yaml", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "two" / "run"
+    run = tmp_path / "run"
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     for a, b in zip(metrics_of(unbroken), metrics_of(run), strict=True):
         assert a.keys() == b.keys()

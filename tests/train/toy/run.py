@@ -1,16 +1,91 @@
-"""Configurations of toy runs, and what such runs leave behind."""
+"""Configurations of small runs, how they are launched, and what they leave behind."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from mmrl.checkpoint import found
+from mmrl.config import apply_overrides, read_yaml
 
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parents[1]
 NUM_PROMPTS = 6
+SMALL = (
+    "backend.model.dtype=fp32",
+    "backend.model.lora.rank=4",
+    "backend.rollout.num_steps=3",
+    "backend.rollout.batch_size=3",
+    "backend.likelihood.num_times=2",
+    "training.num_steps=3",
+    "training.prompts_per_step=3",
+    "training.group_size=3",
+    "training.micro_batch_size=4",
+    "training.updates_per_epoch=2",
+    "evaluation.max_prompts=2",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.every=2",
+    "checkpoint.every=1",
+    "tracking.trackers=[]",
+)
+"""The quickstart at the smallest size that still does everything."""
+SMALLER = (
+    "backend.likelihood.behaviour=ema",
+    "rewards=[{name: jpeg_compressibility}]",
+    "evaluation.rewards=[{name: jpeg_compressibility}]",
+    "evaluation.max_prompts=1",
+    "backend.rollout.num_steps=2",
+    "training.group_size=2",
+    "training.num_steps=2",
+    "training.prompts_per_step=2",
+    "training.micro_batch_size=2",
+)
+"""Beside ``SMALL``, for runs about how weights and optimizer are shared out: a quick reward, and
+every copy of the weights that there is."""
+
+
+def small_config(folder: Path, *overrides: str) -> dict:
+    """A run of the shipped tiny model in ``folder / "run"``."""
+    absolute = (
+        f"output_dir={folder / 'run'}",
+        f"backend.model.path={ROOT / 'assets/tiny-sd3'}",
+        f"prompts.source={ROOT / 'assets/prompts/ocr-train.jsonl'}",
+        f"evaluation.source={ROOT / 'assets/prompts/ocr-eval.jsonl'}",
+    )
+    data = read_yaml(ROOT / "configs" / "quickstart.yaml")
+    return apply_overrides(data, [*absolute, *SMALL, *overrides])
+
+
+def python(
+    *arguments: str | Path, processes: int = 1, launcher: tuple[str, ...] = (), **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` where these modules can be imported, with ``extra`` variables.
+
+    Several ``processes`` form a group by torch's launcher; ``launcher``: another one.
+    """
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    command = [sys.executable, *(launcher or (torchrun if processes > 1 else ())), *arguments]
+    paths = f"{TESTS}{os.pathsep}{ROOT}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **extra}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def launch(
+    config: dict, path: Path, *words: str, processes: int = 1, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """``mmrl train`` on a configuration, written to ``path``, in processes of its own."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(config))
+    return python("-m", "mmrl", "train", path, *words, processes=processes, **extra)
 
 
 def toy_config(folder: Path) -> dict:

@@ -1,0 +1,1 @@
+"""The Gaussians of ``toy.gauss``, which may start where another run ended."""
