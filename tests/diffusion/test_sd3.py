@@ -135,9 +135,9 @@ def test_memory_estimate(pipeline_folder):
     assert half["weights"] == 2 * sizes.total + 4 * sizes.trained
     assert full["weights"] == 4 * sizes.total
     assert full["gradients_and_optimizer"] == 12 * sizes.total
-    assert half["activations_per_sample"] == lora["activations_per_sample"] / 2
-    recomputed = estimate(gradient_checkpointing=True)["activations_per_sample"]
-    assert recomputed < lora["activations_per_sample"]
+    assert half["activations_per_decision"] == lora["activations_per_decision"] / 2
+    recomputed = estimate(gradient_checkpointing=True)["activations_per_decision"]
+    assert recomputed < lora["activations_per_decision"]
 
 
 @pytest.mark.parametrize(
