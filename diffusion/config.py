@@ -374,7 +374,10 @@ class Config(StrictModel):
         common = {"velocity_gap_reference", "velocity_gap_ema", "sigma"}
         if not isinstance(self.likelihood, TransitionConfig):
             return frozenset(common | {"logp", "implicit_positive", "implicit_negative"})
-        step = {"step_size", "step_std", "diffusion", "mean_gap_old", "mean_gap_reference"}
+        step = {"step_size", "step_std", "diffusion", "mean_gap_reference"}
+        # What is compared with the old mean is a Gaussian log-density, which that of cps is not.
+        gaussian = self.likelihood.kernel in ("flow_sde", "dance_sde")
+        step |= {"mean_gap_old"} if gaussian else set()
         scored = set() if self.likelihood.kernel == "ode" else {"logp", "logp_ref"}
         taught = {"mean_gap_teacher"} if self.teachers else set()
         return frozenset(common | step | scored | taught)

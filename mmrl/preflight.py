@@ -36,11 +36,27 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"training.horizon: {training.horizon} with training.aggregation "
             f"{training.aggregation!r}; set it with sample_sum_over_horizon, and only then"
         )
+    refuse_split_samples(config)
+    if hasattr(config.advantage.module, "reward_weights"):
+        labels = [spec.label for spec in config.rewards]
+        config.advantage.module.reward_weights(config.advantage.config, labels)
     samples = training.prompts_per_step * training.group_size
     if training.updates_per_epoch > samples:
         raise UserError(
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "
             "samples of a step (training.prompts_per_step x training.group_size)"
+        )
+
+
+def refuse_split_samples(config: RunConfig) -> None:
+    """``UserError`` if one ratio for a sample is asked of forwards that see only a part of it."""
+    decisions = config.backend.config.num_decisions  # type: ignore[attr-defined]
+    size = config.training.micro_batch_size
+    whole = getattr(config.objective.config, "importance", None) == "sample"
+    if whole and decisions is not None and size < decisions:
+        raise UserError(
+            f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, which "
+            f"objective.importance 'sample' needs together; allowed: {decisions} or more"
         )
 
 

@@ -56,6 +56,7 @@ def recipe(request):
 
 @pytest.fixture(scope="module")
 def unbroken(recipe, tmp_path_factory):
+    torch.set_num_threads(1)  # as in the tests: fixtures of a module come before theirs
     folder = tmp_path_factory.mktemp(recipe.stem)
     return train(load(recipe, short(recipe, folder, "training.num_steps=3")))
 
