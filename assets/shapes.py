@@ -1,0 +1,183 @@
+"""Render the small scenes of flat shapes of the composition task.
+
+One scene is 32x64 pixels: up to four circles, squares and triangles on a light background.  The
+prompt names shapes, counts, colours and places; size, position, rotation and background are left to
+the model's noise.  Objects never touch each other or the border.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from assets.textart import BACKGROUNDS, HEIGHT, WIDTH
+from assets.textart import COLOURS as INKS
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {name: INKS[name] for name in ("red", "blue", "green", "purple", "black")} | {
+    "yellow": (240, 190, 0)
+}
+RELATIONS = ("left of", "right of", "above", "below")
+NUMERALS = {1: "a", 2: "two", 3: "three", 4: "four"}
+MAX_OBJECTS = 4
+
+RADII = {1: (5.0, 6.4), 2: (5.0, 6.0), 3: (4.8, 5.6), 4: (4.6, 5.2)}
+"""Number of objects in a scene -> range of the radius of a circle of an object's area, pixels."""
+MAX_ANGLE = math.radians(12)
+MARGIN = 1.5
+"""Least distance in pixels from the border."""
+GAP = 2.0
+"""Least distance in pixels between the boxes of two objects."""
+MAX_SLANT = 0.5
+"""Largest offset across a relation's direction, as a part of the offset along it."""
+TRIANGLE_SCALE = 1.4
+"""Radius of a triangle's corners over ``radius``; equal areas would need 1.56, too high for two."""
+SUPERSAMPLING = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """``count`` objects of one shape and colour (``None``: any colour, the same for all)."""
+
+    shape: str
+    colour: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """One object: centre and size in pixels, angle in radians."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    angle: float = 0.0
+
+    def outline(self) -> np.ndarray:
+        """Points [M, 2] (x, y) around the object."""
+        count, scale, turn = {
+            "circle": (48, 1.0, 0.0),
+            "square": (4, math.sqrt(math.pi / 2), math.pi / 4),
+            "triangle": (3, TRIANGLE_SCALE, -math.pi / 2),
+        }[self.shape]
+        angles = np.arange(count) * (2 * math.pi / count) + turn + self.angle
+        ring = np.stack([np.cos(angles), np.sin(angles)], 1)
+        return np.array([self.x, self.y]) + self.radius * scale * ring
+
+    def box(self) -> np.ndarray:
+        """Least and greatest x and y: [[left, top], [right, bottom]]."""
+        points = self.outline()
+        return np.stack([points.min(0), points.max(0)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Everything an image shows."""
+
+    objects: tuple[Placed, ...]
+    background: tuple[int, int, int] = BACKGROUNDS[0]
+
+
+# ---------------------------------------------------------------- words
+
+
+def prompt_for(kinds: Sequence[Kind], relation: str | None = None) -> str:
+    """The prompt of one or two kinds of objects."""
+    return f" {relation or 'and'} ".join(map(_phrase, kinds))
+
+
+def _phrase(kind: Kind) -> str:
+    noun = kind.shape if kind.count == 1 else kind.shape + "s"
+    return " ".join(filter(None, (NUMERALS[kind.count], kind.colour, noun)))
+
+
+def words() -> list[str]:
+    """Every word that prompts use."""
+    plurals = [shape + "s" for shape in SHAPES]
+    places = [word for relation in RELATIONS for word in relation.split()]
+    return list(dict.fromkeys([*NUMERALS.values(), "and", *COLOURS, *SHAPES, *plurals, *places]))
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def random_scene(kinds: Sequence[Kind], relation: str | None, rng: random.Random) -> Scene:
+    """Draw everything the prompt leaves open, by rejection."""
+    plain = [_painted(kind, rng) for kind in kinds]
+    while True:
+        objects = _arranged([p for kind in plain for p in kind], rng)
+        if objects and (relation is None or stands(*objects, relation)):
+            return Scene(objects=objects, background=rng.choice(BACKGROUNDS))
+
+
+def _painted(kind: Kind, rng: random.Random) -> list[Placed]:
+    """The objects of a kind, not yet placed."""
+    colour = kind.colour or rng.choice(list(COLOURS))
+    return [Placed(shape=kind.shape, colour=colour, x=0, y=0, radius=1)] * kind.count
+
+
+def _arranged(objects: Sequence[Placed], rng: random.Random) -> tuple[Placed, ...] | None:
+    """The objects one after the other at random free places; ``None`` when it becomes too full."""
+    placed: list[Placed] = []
+    for item in objects:
+        for _ in range(20):
+            drawn = _drawn(item, RADII[len(objects)], rng)
+            if fits(drawn, placed):
+                placed.append(drawn)
+                break
+        else:
+            return None
+    return tuple(placed)
+
+
+def _drawn(item: Placed, radii: tuple[float, float], rng: random.Random) -> Placed:
+    return replace(
+        item,
+        x=rng.uniform(0, WIDTH),
+        y=rng.uniform(0, HEIGHT),
+        radius=rng.uniform(*radii),
+        angle=rng.uniform(-MAX_ANGLE, MAX_ANGLE),
+    )
+
+
+def fits(item: Placed, others: Sequence[Placed]) -> bool:
+    """Whether an object keeps its distance from the border and from all others."""
+    low, high = item.box()
+    inside = (low >= MARGIN).all() and (high <= np.array([WIDTH, HEIGHT]) - MARGIN).all()
+    return bool(inside) and all(_apart((low, high), other.box()) for other in others)
+
+
+def _apart(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return bool((a[0] >= b[1] + GAP).any() or (b[0] >= a[1] + GAP).any())
+
+
+def stands(first: Placed, second: Placed, relation: str) -> bool:
+    """Whether ``first`` stands unmistakably ``relation`` ``second``."""
+    axis = 0 if relation in ("left of", "right of") else 1
+    sign = -1 if relation in ("left of", "above") else 1
+    offset = np.array([first.x - second.x, first.y - second.y])
+    clear = bool(_apart(first.box()[:, axis : axis + 1], second.box()[:, axis : axis + 1]))
+    return (
+        clear and sign * offset[axis] > 0 and abs(offset[1 - axis]) <= MAX_SLANT * abs(offset[axis])
+    )
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def render(scene: Scene) -> np.ndarray:
+    """One scene as an anti-aliased uint8 array of shape (32, 64, 3)."""
+    canvas = np.empty((HEIGHT * SUPERSAMPLING, WIDTH * SUPERSAMPLING, 3), np.uint8)
+    canvas[:] = scene.background
+    for item in scene.objects:
+        # Pixel edges are whole numbers here; OpenCV puts whole numbers at pixel centres.
+        points = np.round(item.outline() * SUPERSAMPLING - 0.5).astype(np.int32)
+        cv2.fillPoly(canvas, [points], COLOURS[item.colour])
+    return cv2.resize(canvas, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
