@@ -217,8 +217,9 @@ def measure(
     closed, given, over, divergences = [], [], [], []
     for batch in batches:
         fixed = means_of(backend, part_of(batch, 0, options.given))
-        closed.append(gradient(backend, closed_form(fixed).mean()))
-        divergences.append(float(closed_form(fixed).mean()) * fixed.dimensions)
+        divergence = closed_form(fixed).mean()
+        closed.append(gradient(backend, divergence))
+        divergences.append(float(divergence.detach()) * fixed.dimensions)
         given.append(blocks(backend, fixed, options, generator))
         over.append(over_states(backend, part_of(batch, 0, options.states), generator))
         print(f"step {len(closed)} of {len(batches)}", flush=True)

@@ -6,8 +6,10 @@ The untrained network draws the held-out prompts by every kernel from the same i
 for each seed.  *Grain*: noise deviation of the decoded grey picture, in grey levels of 255, by a
 mask that no linear ramp passes (J. Immerkaer, "Fast Noise Variance Estimation", 1996), with the
 median of the responses in place of their mean, so that strokes do not count.  *High-frequency
-energy*: mean square response to the same mask in latent space, over that of the ODE.  Conditions
-differ in the grid of noise levels and in which steps add noise.
+energy*: mean square response to the same mask in latent space, over that of the ODE; strokes count.
+*Round trip*: root mean square distance of a latent from the encoding of its own picture, which
+shows what the decoder hides.  White noise added to the ODE's latents shows what each can see.
+Conditions differ in the grid of noise levels and in which steps add noise.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from torch.nn.functional import conv2d
 from benchmarks import judges, tables
 from diffusion import sampling
 from diffusion.backend import DiffusionBackend, build
+from diffusion.likelihoods import mean_square
 from diffusion.noise import NoiseKey
 from mmrl import config as configuration
+from mmrl.evaluation import spread
 from mmrl.images import labelled_grid
 from mmrl.prompts.dataset import load_prompts
 from mmrl.types import Prompt
@@ -37,6 +41,9 @@ from rewards import ocr
 
 KERNELS = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 """Noise level of each kernel, as shipped."""
+
+CALIBRATION = (0.05, 0.1, 0.2)
+"""Deviations of white noise that is added to clean latents, which have about 1."""
 
 NORMAL_QUARTILE = 0.6744897501960817
 """Median of |z|, z standard normal."""
@@ -66,10 +73,11 @@ CONDITIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Pictures of all prompts for one seed: ``grain``, latent ``energy``, share read exactly."""
+    """Means over one seed's pictures of what the module's head names; ``exact``: share read."""
 
     grain: float
     energy: float
+    round_trip: float
     exact: float
 
 
@@ -77,14 +85,16 @@ class Drawn:
 class Line:
     """One kernel under one condition: each figure for each seed; ``energy`` is over the ODE's.
 
-    ``last_std``: S of the noise that the last step added, in units of the latents.
+    ``last_std``: S of the noise that came last, in units of the latents.
     """
 
     condition: str
     kernel: str
+    noise_level: float
     last_std: float
     grain: Sequence[float]
     energy: Sequence[float]
+    round_trip: Sequence[float]
     exact: Sequence[float]
 
 
@@ -92,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw, measure, print, write."""
     options = _parser().parse_args(arguments)
     truth = grain(_ground_truth_pixels()).mean()
-    lines, pictures = [], {}
+    lines, pictures = calibrate(options), {}
     for condition in CONDITIONS:
         found, shown = measure(options, condition)
         lines += found
@@ -120,29 +130,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, condition: Condition) -> tuple[list[Line], Image.Image]:
     """One line for each kernel, and a picture of the first seed's samples."""
-    found, rows, lasts = {}, {}, {}
     prompts = held_out(options)
+    shown = sorted(spread(len(prompts), options.shown))
+    lines, found, columns = [], {}, {}
     for kernel, level in KERNELS.items():
         backend = open_backend(options, condition, kernel, level, prompts)
-        lasts[kernel] = last_std(backend, condition)
         draws = [draw(backend, prompts, seed) for seed in options.seeds]
         found[kernel] = [figures(backend, prompts, latents) for latents in draws]
-        rows[kernel] = backend._family.decode(draws[0][: options.shown])
-    lines = [
-        Line(
-            condition=condition.name,
-            kernel=kernel,
-            last_std=lasts[kernel],
-            grain=[d.grain for d in drawn],
-            energy=[d.energy / o.energy for d, o in zip(drawn, found["ode"], strict=True)],
-            exact=[d.exact for d in drawn],
-        )
-        for kernel, drawn in found.items()
-    ]
-    labels = [prompt.text for prompt in prompts[: options.shown]]
-    by_prompt = [list(images) for images in zip(*rows.values(), strict=True)]
-    return lines, labelled_grid(
-        by_prompt, labels, columns=list(rows), title=condition.name, cell_width=256
+        columns[kernel] = backend._family.decode(draws[0][shown])
+        std = last_std(backend, condition)
+        lines.append(line_of(condition.name, kernel, level, std, found[kernel], found["ode"]))
+    picture = labelled_grid(
+        [list(images) for images in zip(*columns.values(), strict=True)],
+        [prompts[index].text for index in shown],
+        columns=list(columns),
+        title=condition.name,
+        cell_width=256,
+    )
+    return lines, picture
+
+
+def calibrate(options: argparse.Namespace) -> list[Line]:
+    """The ODE's latents of the first condition with white noise of known deviation added."""
+    prompts = held_out(options)
+    backend = open_backend(options, CONDITIONS[0], "ode", 0.0, prompts)
+    draws = [draw(backend, prompts, seed) for seed in options.seeds]
+    clean = [figures(backend, prompts, latents) for latents in draws]
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for std in CALIBRATION:
+        noisy = [z + std * torch.randn(z.shape, generator=generator).to(z) for z in draws]
+        found = [figures(backend, prompts, latents) for latents in noisy]
+        lines.append(line_of("calibration", "ode + white noise", std, std, found, clean))
+    return lines
+
+
+def line_of(
+    condition: str,
+    kernel: str,
+    noise_level: float,
+    last_std: float,
+    drawn: Sequence[Drawn],
+    ode: Sequence[Drawn],
+) -> Line:
+    """The figures of every seed; ``ode``: of the same seeds."""
+    return Line(
+        condition=condition,
+        kernel=kernel,
+        noise_level=noise_level,
+        last_std=last_std,
+        grain=[d.grain for d in drawn],
+        energy=[d.energy / o.energy for d, o in zip(drawn, ode, strict=True)],
+        round_trip=[d.round_trip for d in drawn],
+        exact=[d.exact for d in drawn],
     )
 
 
@@ -151,8 +191,7 @@ def held_out(options: argparse.Namespace) -> list[Prompt]:
     run = configuration.load(options.config, options.overrides)
     assert run.evaluation.source is not None, "the recipe has held-out prompts"
     prompts = load_prompts(run.evaluation.source, "evaluation.source")
-    count = min(options.prompts, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    return [prompts[index] for index in sorted(spread(len(prompts), options.prompts))]
 
 
 def open_backend(
@@ -202,9 +241,10 @@ def last_std(backend: DiffusionBackend, condition: Condition) -> float:
     return float(step_tables.noisy.std[last]) if noisy else 0.0
 
 
+@torch.no_grad()
 def figures(backend: DiffusionBackend, prompts: Sequence[Prompt], latents: Tensor) -> Drawn:
     """Means over the samples of one seed."""
-    pixels = backend._family.decode_pixels(latents).detach().float()
+    pixels = backend._family.decode_pixels(latents).float()
     reader = ocr.build(ocr.Config(mode="exact"))
     read = reader(
         [prompt.text for prompt in prompts],
@@ -214,6 +254,7 @@ def figures(backend: DiffusionBackend, prompts: Sequence[Prompt], latents: Tenso
     return Drawn(
         grain=float(grain(pixels).mean()),
         energy=float(high_frequency_energy(latents).mean()),
+        round_trip=float(round_trip(backend._family._vae, latents, pixels).mean()),
         exact=float(read.nanmean()),
     )
 
@@ -236,6 +277,13 @@ def grain(pixels: Tensor) -> Tensor:
 def high_frequency_energy(latents: Tensor) -> Tensor:
     """Mean square response [N] over channels and places of [N, C, h, w]; s^2 for white noise s."""
     return mask_response(latents).square().flatten(1).mean(dim=1) / 36
+
+
+def round_trip(vae: Any, latents: Tensor, pixels: Tensor) -> Tensor:
+    """Root mean square [N] of latents minus the encoding of their decoded ``pixels``."""
+    mode = vae.encode(pixels.clamp(-1, 1)).latent_dist.mode()
+    encoded = (mode - vae.config.shift_factor) * vae.config.scaling_factor
+    return mean_square(latents, encoded).sqrt()
 
 
 def mask_response(images: Tensor) -> Tensor:
@@ -271,10 +319,11 @@ def report(
             "of each; mean over seeds of the mean over prompts, +- the standard deviation over "
             "seeds (n - 1). Same initial noise for all kernels; untrained network, float32.",
             *sections,
-            "last S: noise that the last step adds, in units of the latents. grain: in grey levels "
+            "last S: noise that came last, in units of the latents. grain: in grey levels "
             f"of 255; rendered signs, which carry no noise: {truth:.2f}. high-freq.: energy of the "
-            "final latents over the ODE's. exact: share that rapidocr reads exactly. `trained` "
-            "noise: every step but those without a usable density, the last of them always.",
+            "final latents over the ODE's, strokes and all. round trip: distance of the latents "
+            "from the encoding of their pictures. exact: share that rapidocr reads exactly. "
+            "`trained` noise: every step but those without a usable density, such as the last.",
             f"Machine: {tables.machine_line(about)}",
         ]
     )
@@ -283,14 +332,15 @@ def report(
 def table(lines: Iterable[Line]) -> str:
     """One row for each kernel."""
     return tables.markdown_table(
-        ["kernel", "noise level", "last S", "grain", "high-freq. / ODE", "exact"],
+        ["kernel", "noise level", "last S", "grain", "high-freq. / ODE", "round trip", "exact"],
         [
             [
                 line.kernel,
-                f"{KERNELS[line.kernel]:g}",
+                f"{line.noise_level:g}",
                 f"{line.last_std:.3f}",
                 _mean_and_std(line.grain, ".2f"),
                 _mean_and_std(line.energy, ".3f"),
+                _mean_and_std(line.round_trip, ".4f"),
                 _mean_and_std(line.exact, ".3f"),
             ]
             for line in lines

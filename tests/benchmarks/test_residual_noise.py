@@ -66,12 +66,40 @@ def test_the_mask_is_applied_to_each_channel_alone():
         assert found[n, c, i, j].item() == pytest.approx(expected)
 
 
+class Halving:
+    """Encodes a picture as half of it, and decodes nothing."""
+
+    class config:  # noqa: N801 - diffusers' name
+        shift_factor, scaling_factor = 0.25, 2.0
+
+    def __init__(self, pixels):
+        self.latent_dist = self
+        self._pixels = pixels
+
+    def encode(self, pixels):
+        return Halving(pixels)
+
+    def mode(self):
+        return self._pixels / 2
+
+
+def test_round_trip_is_the_distance_from_the_encoding():
+    latents, pixels = torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
+    pixels[1] = 9.0  # clamped to 1, as a picture would be
+    found = residual_noise.round_trip(Halving(None), latents, pixels)
+    torch.testing.assert_close(found, torch.full((2,), 0.5, dtype=torch.float64))
+
+
 def test_the_whole_benchmark(tmp_path, capsys):
     options = ["--seeds", "0", "1", "--prompts", "2", "--shown", "1", "--out", str(tmp_path)]
     assert residual_noise.main([*options, *SMALL]) == 0
     (written,) = tmp_path.glob("*residual-noise.json")
     lines = json.loads(written.read_text())["lines"]
-    assert len(lines) == 12
+    assert len(lines) == 3 + 12
+    added = lines[:3]
+    for figure in ("energy", "round_trip"):
+        means = [sum(line[figure]) for line in added]
+        assert means == sorted(means)
     ode = [line for line in lines if line["kernel"] == "ode"]
     assert all(line["energy"] == [1.0, 1.0] and line["last_std"] == 0 for line in ode)
     noisy_end = {line["kernel"]: line for line in lines if line["condition"].endswith("all steps")}
