@@ -267,7 +267,8 @@ def report(runs: Runs, about: Mapping[str, Any], options: argparse.Namespace) ->
             f"## Gold when the proxy ({PROXY}) is equal",
             equal_proxy_table(equal_proxy(runs, names)),
             "Seed by seed, when both methods first reached the same proxy; levels are shares of "
-            f"the gain that both made. difference: {GUARD} minus {FLOW}.",
+            f"the gain that both made (seeds without one are left out). difference: {GUARD} minus "
+            f"{FLOW}.",
             "## Start and end",
             end_table(runs, [PROXY, "ocr_exact", *names]),
             "template, ddddocr: share that this judge reads exactly; saturation, contrast, grain "
@@ -297,6 +298,8 @@ def ratio_table(records: Sequence[Record]) -> str:
 
 def equal_proxy_table(records: Sequence[Record]) -> str:
     """Means over seeds of both methods and of their difference, for each level and measure."""
+    if not records:
+        return "With no seed did both methods raise the proxy, so there is nothing to compare."
     rows = []
     for share, name in dict.fromkeys((r["share"], r["measure"]) for r in records):
         mine = [r for r in records if (r["share"], r["measure"]) == (share, name)]
@@ -356,7 +359,7 @@ def plot_ratios(runs: Runs) -> Figure:
         left.plot(at, [r["bias"] for r in mine], "o-", color=colour, label=title)
         right.plot(at, [r["std"] / average for r in mine], "o-", color=colour, label=title)
     left.set(title="mean of log r over its std", xlabel="sigma of the denoising step")
-    right.set(title="std of log r over its mean", xlabel="sigma of the denoising step")
+    right.set(title="std of log r, 1 = average of the steps", xlabel="sigma of the denoising step")
     right.set_yscale("log")
     for axes in (left, right):
         axes.invert_xaxis()  # from noise to data, as an image is drawn
@@ -380,6 +383,7 @@ def plot_gold(runs: Runs, names: Sequence[str]) -> Figure:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     panels[0].legend()
+    figure.suptitle("held-out pictures along training: time goes from small to large dots")
     return figure
 
 

@@ -52,6 +52,8 @@ SCORES = ("ocr_exact", "ocr_soft")
 ALSO = ("template", "diversity")
 SEARCH_BUDGET = 240.0
 GRID_POINTS = 200
+START_TOLERANCE = 0.02
+"""Of a score before training: another batch size may round a few pictures over an edge."""
 
 Record = dict[str, Any]
 
@@ -75,7 +77,7 @@ def _compare(options: argparse.Namespace) -> tuple[str, Path]:
     }
     records = figures(runs)
     about = tables.machine() | {"threads": torch.get_num_threads()}
-    markdown = report(records, about, options, found)
+    markdown = report(records, about, options, found, odd_starts(runs))
     data = {
         "machine": about,
         "overrides": options.overrides,
@@ -172,6 +174,21 @@ def costs(run: Run) -> Record:
     }
 
 
+def odd_starts(runs: Mapping[tuple[str, int], Run]) -> list[str]:
+    """Runs whose scores before training are not those of the first run.
+
+    The network, the prompts and the noise of that evaluation are the same for all, so a difference
+    means that a recipe changes how pictures are evaluated, and that its scores compare to nothing.
+    """
+    scores = {f"{m} seed {s}": run.points[0].scores for (m, s), run in runs.items()}
+    first = next(iter(scores.values()))
+    return [
+        name
+        for name, found in scores.items()
+        if any(abs(found[key] - first[key]) > START_TOLERANCE for key in SCORES)
+    ]
+
+
 def final(run: Run, name: str) -> float | None:
     """The score at the end; a run that failed has none."""
     return None if run.failed else run.points[-1].scores.get(name)
@@ -223,8 +240,9 @@ def report(
     about: Mapping[str, Any],
     options: argparse.Namespace,
     found: Mapping[str, Any] | None,
+    odd: Sequence[str] = (),
 ) -> str:
-    """The whole result in markdown."""
+    """The whole result in markdown; ``odd``: runs that are evaluated in another way."""
     seeds = " ".join(map(str, options.seeds))
     ended = (
         f"after {options.budget:g} CPU-seconds of training, at the next evaluation"
@@ -239,6 +257,7 @@ def report(
             f"with averaged weights.{changes} CPU-seconds and wall seconds are those of the "
             "training steps (rollout, reward, update); start-up, evaluations and checkpoints are "
             "not in them.",
+            *([f"**Evaluated in another way, not comparable: {', '.join(odd)}.**"] if odd else []),
             *(_score_section(records, name, options.methods) for name in SCORES),
             "## Cost and pictures",
             cost_table(records, options.methods),
@@ -278,13 +297,15 @@ def _score_row(records: Sequence[Record], name: str, method: str) -> list[str]:
         return mean_and_std([record[f"{name}_{key}"] for record in records], form)
 
     ratios = tables.spread([record[f"{name}_ratio"] for record in records])
+    asked = sum(record[f"{name}_target"] is not None for record in records)
     reached = sum(record[f"{name}_cpu"] is not None for record in records)
+    missed = asked and not reached
     return [
         method,
         *(stated(key, ".3f") for key in ("before", "final", "best")),
-        f"{reached} of {len(records)}",
-        stated("cpu", ".0f") if reached else "not reached",
-        stated("wall", ".0f") if reached else "not reached",
+        f"{reached} of {asked}",
+        "not reached" if missed else stated("cpu", ".0f"),
+        "not reached" if missed else stated("wall", ".0f"),
         stated("ratio", ".2f"),
         tables.cell(ratios and ratios.low, ".2f"),
         tables.cell(ratios and ratios.high, ".2f"),

@@ -249,10 +249,8 @@ def _train(job: Job) -> None:
     with _command(job) as process:
         _wait(process, job)
     if not is_finished(job):
-        raise SystemExit(
-            f"{job.folder.name}: the training command ended with {process.returncode}; "
-            "what it saved is continued next time"
-        )
+        status = process.returncode
+        raise SystemExit(f"{job.folder.name}: training ended with {status} before its end")
 
 
 @contextmanager
