@@ -158,7 +158,7 @@ class Family(ABC):
         latents: Tensor,
         sigma: Tensor,
         condition: Condition,
-        guidance: float = 1.0,
+        guidance: float,
     ) -> Tensor:
         """dx/dsigma at ``latents`` [B, C, h, w] and levels ``sigma`` [B], float32.
 

@@ -49,7 +49,7 @@ class Flux(PackedFamily):
         latents: Tensor,
         sigma: Tensor,
         condition: Condition,
-        guidance: float = 1.0,
+        guidance: float,
     ) -> Tensor:
         """See ``Family.velocity``; the network's time is sigma, which it multiplies by 1000.
 

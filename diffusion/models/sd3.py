@@ -38,7 +38,7 @@ class SD3(Family):
         latents: Tensor,
         sigma: Tensor,
         condition: Condition,
-        guidance: float = 1.0,
+        guidance: float,
     ) -> Tensor:
         """See ``Family.velocity``; the network's time is 1000 sigma."""
         out = network(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,11 +33,13 @@ from diffusion.models.flux import Flux, image_positions
 from diffusion.models.qwen_image import QwenImage
 from diffusion.noise import NoiseKey, normal
 from diffusion.weights import trainable
+from mmrl.config import load
 from mmrl.errors import UserError
 from mmrl.objectives import grpo
 from mmrl.resolve import resolve
 from mmrl.types import Prompt, RolloutRequest
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 STEPS = 4
 SHAPE = (4, 8, 8)
@@ -402,6 +406,33 @@ def test_default_size_is_the_pipelines(folders, name):
     family = family_of(name, folders)
     side = 8 if name == "sd3" else family._pipeline.default_sample_size
     assert family.latent_shape(None, 12) == (4, side, 6)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "parameters"),
+    [
+        ("flux", {"guidance_embeds": True}, 11_901_408_320),  # dev
+        ("flux", {}, 11_891_178_560),  # schnell
+        ("qwen_image", {}, 20_430_401_088),
+    ],
+)
+def test_published_sizes(tmp_path, family, settings, parameters):
+    """diffusers' defaults are the released transformers; 512 pixels are 1024 tokens."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(settings))
+    module = resolve("models", family)
+    network = module.meta_transformer(tmp_path)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    shape = module.latent_shape(network.config, 8, 512, 512)
+    assert shape == (16, 64, 64)
+    assert module.image_tokens(network.config, shape) == 1024
+
+
+def test_flux_recipe_is_on_the_pipelines_grid():
+    config = load(ROOT / "configs" / "diffusion" / "flux" / "awm-ocr.yaml")
+    rollout = config.dump()["backend"]["rollout"]
+    assert (rollout["height"], rollout["width"], rollout["grid"]) == (512, 512, "linspace_shifted")
+    assert rollout["shift"] == pytest.approx(dynamic_shift(1024), rel=1e-6)
 
 
 def test_published_flux_grid():
