@@ -100,9 +100,9 @@ def name(request):
 def make(folders):
     """``make(name, rollout, **model keys)``: a backend on the pipeline's own noise levels."""
 
-    def make(name, rollout=None, **model):
+    def make(name, rollout=None, likelihood=None, **model):
         return build(
-            config_of(name, folders(name), rollout, **model),
+            config_of(name, folders(name), rollout, likelihood, **model),
             device=CPU,
             prompts=PROMPTS,
             seed=0,
@@ -112,10 +112,10 @@ def make(folders):
     return make
 
 
-def config_of(name, folder, rollout=None, **model):
+def config_of(name, folder, rollout=None, likelihood=None, **model):
     defaults = {"family": CASES[name].family, "max_sequence_length": CASES[name].text}
     settings = {"num_steps": STEPS} | pipeline_grid(name, folder)
-    return make_config(folder, settings | (rollout or {}), **(defaults | model))
+    return make_config(folder, settings | (rollout or {}), likelihood, **(defaults | model))
 
 
 def pipeline_grid(name, folder):
@@ -257,6 +257,24 @@ def test_replay_gives_ratio_one(make, name):
     assert torch.equal(terms.logp.detach(), old)
     loss = grpo.loss(terms, batch, grpo.Config(clip_low=1e-4, clip_high=1e-4)).loss
     assert torch.equal(loss, -batch.advantages[:, None].expand_as(loss))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_transitions_are_scored_again_as_they_were_drawn(make, name, guidance):
+    """Prompts of three lengths; one decision at a time, so that forwards have the same shape."""
+    likelihood = {"name": "transition", "kernel": "flow_sde", "noise_level": 0.7}
+    backend = make(name, {"guidance": guidance}, likelihood)
+    groups = list(backend.rollout(requests_for(*PROMPTS)))
+    rows = [(group, index) for group in groups for index in range(2)]
+    known = torch.cat([group.logp_old for group in groups])
+    for decision in range(known.shape[1]):
+        payload, mask = backend.collate(rows, slice(decision, decision + 1))
+        batch = replace(make_batch(backend, groups), payload=payload, mask=mask)
+        logp = backend.evaluate(batch, frozenset({"logp"})).logp
+        assert torch.equal(logp[:, 0], known[:, decision])
+    # All at once, sums are taken in another order.
+    together = backend.evaluate(make_batch(backend, groups), frozenset({"logp"})).logp
+    torch.testing.assert_close(together, known, rtol=0, atol=2e-5)
 
 
 def test_rows_do_not_depend_on_their_neighbours(make, name):
