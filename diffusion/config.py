@@ -366,7 +366,10 @@ class Config(StrictModel):
         """The transitions of a rollout; ``UserError`` for a noise level the kernel cannot take."""
         rollout = self.rollout
         sigmas = sigma_grid(rollout.grid, rollout.num_steps, rollout.shift)
-        return StepTables.of(likelihood.kernel, sigmas, likelihood.noise_level)
+        try:
+            return StepTables.of(likelihood.kernel, sigmas, likelihood.noise_level)
+        except UserError as error:
+            raise UserError(f"likelihood.{error}") from None
 
     @property
     def provides(self) -> frozenset[str]:

@@ -62,13 +62,19 @@ def validate(model: type[Model], data: Any, path: str = "") -> Model:
 
 
 def _explain(model: type[BaseModel], path: str, error: dict[str, Any]) -> str:
-    loc = error["loc"]
+    loc, owner = _walk(model, error["loc"][:-1])
+    loc = (*loc, *error["loc"][-1:])
     where = _join(path, loc) or path or "configuration"
     if error["type"] == "extra_forbidden":
-        fields = _fields_at(model, loc[:-1])
+        fields = list(owner.model_fields) if owner else []
         return f"{where}: unknown key {loc[-1]!r}; {nearest(str(loc[-1]), fields)}"
     if error["type"] == "missing":
         return f"{where}: required, but missing"
+    if error["type"] == "union_tag_invalid":
+        tags = [tag.strip("' ") for tag in error["ctx"]["expected_tags"].split(",")]
+        return (
+            f"{where}.name: unknown {error['ctx']['tag']!r}; {nearest(error['ctx']['tag'], tags)}"
+        )
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     # A model-level validator sees the whole section: its value would only be noise.
     value = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
@@ -81,18 +87,33 @@ def _join(path: str, loc: Sequence[int | str]) -> str:
     return path
 
 
-def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """Names of the fields of the model found by walking ``loc``; empty where it leaves models."""
+def _walk(
+    model: type[BaseModel], loc: Sequence[int | str]
+) -> tuple[list[int | str], type[BaseModel] | None]:
+    """``loc`` as a person wrote it, and the model it leads to; ``None`` where it leaves models.
+
+    Where a section may be one of several models, pydantic puts the tag of the one into ``loc``.
+    """
+    written: list[int | str] = []
+    owner: type[BaseModel] | None = model
+    choices: dict[str, type[BaseModel]] = {}
     for item in loc:
+        if item in choices:
+            owner = choices[str(item)]
+            continue
+        written.append(item)
         if isinstance(item, int):
             continue
-        field = model.model_fields.get(str(item))
-        inner = next(_models_in(field.annotation), None) if field else None
-        if inner is None:
-            # Tags of a discriminated union stand in the path but name no field.
-            continue
-        model = inner
-    return list(model.model_fields)
+        field = owner.model_fields.get(str(item)) if owner else None
+        models = list(_models_in(field.annotation)) if field else []
+        owner = models[0] if models else None
+        choices = {tag: m for m in models for tag in _tags(m)} if len(models) > 1 else {}
+    return written, owner
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    """Values that the ``name`` of a model may have."""
+    return typing.get_args(model.model_fields["name"].annotation)
 
 
 def _models_in(annotation: Any):

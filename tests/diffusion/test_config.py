@@ -27,7 +27,7 @@ def parse(**sections):
         ("rollout", {"stps": 3}, r"stps\n.*not permitted"),
         ("rollout", {"num_steps": 6}, r"num_times = 6.*num_steps = 6.*at most 4"),
         ("evaluation", {"scheduler": "sa_solver"}, r"evaluation.scheduler = 'sa_solver'"),
-        ("likelihood", {"name": "exact"}, r"likelihood.name\n.*'flow_matching'"),
+        ("likelihood", {"name": "exact"}, r"likelihood\n.*'flow_matching'"),
         ("likelihood", {"num_times": 9}, r"num_times = 9.*'discrete_wo_init'.*at most 8"),
         ("likelihood", {"ghuber_power": 0.0}, r"ghuber_power\n.*greater than 0"),
         ("likelihood", {"ema": {"max_decay": 1.0}}, r"max_decay\n.*less than 1"),

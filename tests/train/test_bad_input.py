@@ -216,7 +216,7 @@ def test_check_prints_the_arithmetic(tmp_path):
     assert result.exit_code == 0
     for part in (
         "20 = 4 prompts x 5",
-        "5 per optimizer step",
+        "20 per optimizer step, of at most 3 decisions",
         "6 = 6 steps x 1",
         "120",
         "12 samples",
