@@ -276,3 +276,55 @@ def test_a_recipe_that_has_the_winning_values_uses_them():
     rate = load(methods.tables.ROOT / methods.RECIPES["awm"]).optimizer.learning_rate
     assert methods.uses("awm", [f"optimizer.learning_rate={rate}"])
     assert not methods.uses("awm", [f"optimizer.learning_rate={2 * rate}"])
+
+
+# Results
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """Runs that are there; the jobs that were asked for."""
+    jobs: list[Job] = []
+    by_name = {f"{method}-seed{seed}": run for (method, seed), run in RUNS.items()}
+
+    def ensure(job: Job, *, fresh: bool) -> Run:
+        jobs.append(job)
+        return by_name.get(job.folder.name, RUNS["awm", 0])
+
+    monkeypatch.setattr(methods, "ensure", ensure)
+    monkeypatch.setattr(methods, "stop_when_terminated", lambda: None)
+    return jobs
+
+
+def test_comparison_is_written(tmp_path, stubbed, capsys):
+    given = ["--methods", "awm", "flow-grpo", "nft", "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert methods.main([*given, "--runs", str(tmp_path)]) == 0
+    assert [job.folder.name for job in stubbed[:4]] == [
+        "awm-seed0", "flow-grpo-seed0", "nft-seed0", "awm-seed1"
+    ]  # fmt: skip
+    (data,) = tmp_path.glob("*-methods.json")
+    found = json.loads(data.read_text())
+    assert found["figures"] == methods.figures(RUNS)
+    assert found["runs"][1]["points"][1]["scores"]["ocr_exact"] == 0.15
+    assert "13.33 ± 9.43" in data.with_suffix(".md").read_text()
+    assert data.with_suffix(".png").stat().st_size > 10_000
+    assert "13.33 ± 9.43" in capsys.readouterr().out
+
+
+def test_search_trains_every_trial_with_the_same_budget_and_keeps_the_winner(
+    tmp_path, stubbed, capsys
+):
+    given = ["--search", "--methods", "awm", "nft", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    assert methods.main([*given, "--budget", "15", "--every", "2"]) == 0
+    assert {(job.budget, job.seed) for job in stubbed} == {(15.0, 100)}
+    assert len({job.folder for job in stubbed}) == len(stubbed) == 12
+    found = json.loads((tmp_path / search.RECORD).read_text())
+    assert [trial["score"] for trial in found["trials"]] == pytest.approx([0.4] * 12)
+    assert found["winners"]["nft"] == list(search.trials("nft")[0].overrides)
+    assert "nft" in capsys.readouterr().out
+    # From now on the comparison reports it, and may use it.
+    seeds = ["--seeds", "0", "--methods", "awm", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    methods.main([*seeds, "--tuned"])
+    assert set(search.trials("awm")[0].overrides) <= set(stubbed[-1].overrides)
+    (text,) = tmp_path.glob("*-methods.md")
+    assert "15 CPU-seconds of training for each setting" in text.read_text()
