@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, PlainSerializer
 
 from mmrl.errors import UserError
+from mmrl.prompts.dataset import Source
 from mmrl.reduction import Aggregation
 from mmrl.resolve import backend_module, resolve
 from mmrl.schema import StrictModel, validate
@@ -45,7 +46,6 @@ RewardField = Annotated[RewardSpec, PlainSerializer(RewardSpec.dump)]
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Source = Path | Annotated[list[Path], Field(min_length=1)]
 
 
 class PromptsConfig(StrictModel):
@@ -54,7 +54,8 @@ class PromptsConfig(StrictModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     source: Source = Field(
-        description="jsonl file, or a list of them; each line has `prompt` and any other columns"
+        description="jsonl file, a list of them, or either by task; each line has `prompt` and any "
+        "other columns"
     )
     sampler: PartField = Field(description="which prompts a step rolls out")
 
@@ -110,7 +111,8 @@ class EvaluationConfig(StrictModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     source: Source | None = Field(
-        default=None, description="jsonl file, or a list of them; none = no evaluation"
+        default=None,
+        description="jsonl file, a list of them, or either by task; none = no evaluation",
     )
     rewards: list[RewardField] = Field(default=[], description="judges; none = those of training")
     every: int = Field(default=20, ge=1, description="steps between evaluations")

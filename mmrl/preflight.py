@@ -55,8 +55,8 @@ def refuse_split_samples(config: RunConfig) -> None:
     whole = getattr(config.objective.config, "importance", None) == "sample"
     if whole and decisions is not None and size < decisions:
         raise UserError(
-            f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, which "
-            f"objective.importance 'sample' needs together; allowed: {decisions} or more"
+            f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
+            f"which objective.importance 'sample' needs together; allowed: {decisions} or more"
         )
 
 

@@ -102,9 +102,9 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     """Train to the end, or to an interruption that is saved; returns the run folder."""
     run = config.run_dir
     preflight.refuse_foreign_folder(run, resume)
-    start = _resume_point(config) if resume else None
+    start = resume_point(config) if resume else None
     trackers = config.tracking.trackers
-    options = _tracking(trackers, run)
+    options = tracking_options(trackers, run)
     session = open_session(config, **options)
     trainer = make_trainer(session)
     untouched = _fingerprint(session.backend)
@@ -273,7 +273,7 @@ def environment(processes: int) -> dict[str, Any]:
     }
 
 
-def _tracking(trackers: Sequence[str], run: Path) -> dict[str, Any]:
+def tracking_options(trackers: Sequence[str], run: Path) -> dict[str, Any]:
     """Arguments of the accelerator; ``UserError`` for a tracker that is not installed."""
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in trackers:
@@ -354,7 +354,7 @@ def _load_last(session: Session, run: Path | None) -> None:
     session.backend.load_auxiliary_state(auxiliary)
 
 
-def _resume_point(config: RunConfig) -> Path | None:
+def resume_point(config: RunConfig) -> Path | None:
     """The newest checkpoint; ``UserError`` if the folder belongs to a different configuration."""
     run = config.run_dir
     if not (run / "config.yaml").is_file():

@@ -280,8 +280,8 @@ def refuse(plan: Plan, *, resume: bool, finished: Iterable[str] = ()) -> None:
         run = stage.config.run_dir
         with _naming(f"stage {stage.name!r}"):
             preflight.refuse_foreign_folder(run, resume)
-            runner._tracking(stage.config.tracking.trackers, run)
-            runner._resume_point(stage.config)
+            runner.tracking_options(stage.config.tracking.trackers, run)
+            runner.resume_point(stage.config)
         if stage.name not in finished:
             describe_stage(stage)
         moving = [name for name in stage.needs if name not in finished and steps_of(run)]

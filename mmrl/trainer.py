@@ -120,6 +120,7 @@ class Trainer:
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(self.progress.updates)
+        cpu_time = sum_over_processes(self.accelerator, [time.process_time() - cpu_started])
         self.progress = replace(self.progress, step=step + 1)
         return {
             **summary(scores, collected),
@@ -131,7 +132,7 @@ class Trainer:
             "time/reward": reward_time,
             "time/update": update_time,
             "step_time": time.perf_counter() - started,
-            "time/cpu": time.process_time() - cpu_started,
+            "time/cpu": cpu_time[0],
         }
 
     def _refuse_unscored(self, scores: Scores, collected: Sequence[GroupScores]) -> None:

@@ -10,14 +10,18 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from mmrl import stages
 from mmrl.config import RunConfig, load, merged, read_yaml
 from mmrl.errors import UserError
 from mmrl.preflight import describe, refuse_unless_consistent
+from mmrl.stages import is_stages_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
-RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(LAUNCHERS))
+FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(LAUNCHERS))
+STAGES = [path for path in FILES if is_stages_file(read_yaml(path))]
+RUNS = [path for path in FILES if path not in STAGES]
 
 
 def name(path: Path) -> str:
@@ -41,6 +45,13 @@ def test_run_configurations_are_valid(path):
     config = load(path)
     refuse_unless_consistent(config)
     assert "{name}" not in str(config.run_dir)
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name)
+def test_stages_are_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = stages.load(path)
+    assert len(stages.describe(plan)) >= len(plan.stages)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)

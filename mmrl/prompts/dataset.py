@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from mmrl.errors import UserError
 from mmrl.types import Prompt
 
 
-def load_prompts(source: Path | Sequence[Path], key: str) -> list[Prompt]:
-    """The prompts of a file, or of several one after another, duplicates removed.
+def _refuse_other_kinds(value: Any) -> Any:
+    """One message where pydantic would list what is wrong with each member of the union."""
+    parts = list(value.values()) if isinstance(value, dict) else [value]
+    files = [file for part in parts for file in (part if isinstance(part, list) else [part])]
+    if not files or not all(isinstance(file, str | Path) and str(file) for file in files):
+        raise ValueError("should be a path, a list of paths, or a mapping from tasks to either")
+    return value
 
-    ``key`` is the configuration key that named them.  Raises ``UserError`` naming the file and the
-    line where something is missing, empty or malformed.
+
+Source = Annotated[
+    Path | list[Path] | dict[str, Path | list[Path]], BeforeValidator(_refuse_other_kinds)
+]
+"""One file, several one after another, or those of each task by its name."""
+
+TASK = "task"
+"""Column in which prompts of several tasks say which is theirs."""
+
+
+def load_prompts(source: Source, key: str) -> list[Prompt]:
+    """The prompts of a source in its order, duplicates removed.
+
+    Where it names tasks, each prompt gets the name of its own in the column ``task``.  ``key`` is
+    the configuration key that named the source.  Raises ``UserError`` naming the file and the line
+    where something is missing, empty or malformed.
     """
-    paths = [source] if isinstance(source, Path) else source
-    prompts = [prompt for path in paths for prompt in _load_file(path, key)]
+    if isinstance(source, dict):
+        tasks = {task: load_prompts(files, f"{key}.{task}") for task, files in source.items()}
+        prompts = [_of_task(prompt, task) for task, found in tasks.items() for prompt in found]
+    else:
+        paths = [source] if isinstance(source, Path) else source
+        prompts = [prompt for path in paths for prompt in _load_file(path, key)]
     return list({prompt.id: prompt for prompt in prompts}.values())
+
+
+def _of_task(prompt: Prompt, task: str) -> Prompt:
+    # The same text in two tasks is two prompts, with noise and a teacher of their own.
+    columns = {**prompt.columns, TASK: task}
+    return Prompt(id=content_id(prompt.text, columns), text=prompt.text, columns=columns)
 
 
 def _load_file(path: Path, key: str) -> list[Prompt]:

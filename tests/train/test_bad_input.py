@@ -241,3 +241,19 @@ def test_prompts_of_several_files(tmp_path):
     second.write_text("")
     with pytest.raises(UserError, match=r"prompts file is empty: .*b\.jsonl"):
         load_prompts([first, second], "prompts.source")
+
+
+def test_prompts_of_several_tasks(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"prompt": "x", "text": "X"}\n')
+    second.write_text('{"prompt": "y"}\n')
+    prompts = load_prompts({"read": first, "both": [first, second]}, "prompts.source")
+    assert [(p.text, p.columns["task"]) for p in prompts] == [
+        ("x", "read"),
+        ("x", "both"),
+        ("y", "both"),
+    ]
+    assert prompts[0].columns["text"] == "X"
+    assert len({p.id for p in prompts}) == 3
+    with pytest.raises(UserError, match=r"prompts\.source\.other: prompts file not found"):
+        load_prompts({"other": tmp_path / "none.jsonl"}, "prompts.source")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from toy.run import ROOT, column, metrics_of, python, weights_of
 
-from mmrl.config import load
+from mmrl.config import load, read_yaml
 from mmrl.runner import train
 
 RECIPES = sorted((ROOT / "configs" / "diffusion" / "tiny-sd3").glob("*.yaml"))
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 SHORT = (
     "backend.model.dtype=fp32",
     "backend.model.lora.rank=4",
@@ -36,17 +36,28 @@ SHORT = (
 
 def runs():
     """Recipes of one run; files with stages are made of them."""
-    return [path for path in RECIPES if "stages" not in yaml.safe_load(path.read_text())]
+    return [path for path in RECIPES if "stages" not in read_yaml(path)]
 
 
-def short(recipe: Path, folder: Path, *overrides: str) -> list[str]:
-    absolute = (
-        f"output_dir={folder}",
-        f"backend.model.path={ROOT / 'assets/tiny-sd3'}",
-        f"prompts.source={ROOT / 'assets/prompts/ocr-train.jsonl'}",
-        f"evaluation.source={ROOT / 'assets/prompts/ocr-eval.jsonl'}",
-    )
+def short(recipe: Path, folder: Path, teacher: Path, *overrides: str) -> list[str]:
+    data = read_yaml(recipe)
+    absolute = [f"output_dir={folder}", f"backend.model.path={ROOT / 'assets/tiny-sd3'}"]
+    for section in ("prompts", "evaluation"):
+        source = data[section]["source"]
+        if isinstance(source, dict):
+            absolute += [f"{section}.source.{task}={ROOT / file}" for task, file in source.items()]
+        else:
+            absolute.append(f"{section}.source={ROOT / source}")
+    teachers = data["backend"].get("teachers", ())
+    absolute += [f"backend.teachers.{i}.path={teacher}" for i in range(len(teachers))]
     return [*absolute, *SHORT, *overrides]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A run of one step: a policy that is not the base model."""
+    recipe, folder = QUICKSTART, tmp_path_factory.mktemp("teacher")
+    return train(load(recipe, short(recipe, folder, folder, "training.num_steps=1")))
 
 
 @pytest.fixture(scope="module", params=runs(), ids=lambda path: path.stem)
@@ -55,10 +66,10 @@ def recipe(request):
 
 
 @pytest.fixture(scope="module")
-def unbroken(recipe, tmp_path_factory):
+def unbroken(recipe, teacher, tmp_path_factory):
     torch.set_num_threads(1)  # as in the tests: fixtures of a module come before theirs
     folder = tmp_path_factory.mktemp(recipe.stem)
-    return train(load(recipe, short(recipe, folder, "training.num_steps=3")))
+    return train(load(recipe, short(recipe, folder, teacher, "training.num_steps=3")))
 
 
 def test_it_trains(unbroken):
@@ -68,10 +79,10 @@ def test_it_trains(unbroken):
     assert all(norm > 0 for norm in column(unbroken, "grad_norm"))
 
 
-def test_a_resumed_run_is_bit_identical(recipe, unbroken, tmp_path):
+def test_a_resumed_run_is_bit_identical(recipe, teacher, unbroken, tmp_path):
     for steps, resume in ((2, False), (3, True)):
-        config = load(recipe, short(recipe, tmp_path, f"training.num_steps={steps}"))
-        train(config, resume=resume)
+        options = short(recipe, tmp_path, teacher, f"training.num_steps={steps}")
+        train(load(recipe, options), resume=resume)
     # The shorter run evaluated after its last step, as the longer one does on its way.
     assert metrics_of(tmp_path) == metrics_of(unbroken)
     left, right = weights_of(unbroken), weights_of(tmp_path)
@@ -79,8 +90,8 @@ def test_a_resumed_run_is_bit_identical(recipe, unbroken, tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_two_processes_equal_one(recipe, unbroken, tmp_path):
-    options = short(recipe, tmp_path, "training.num_steps=1")
+def test_two_processes_equal_one(recipe, teacher, unbroken, tmp_path):
+    options = short(recipe, tmp_path, teacher, "training.num_steps=1")
     done = python("-m", "mmrl", "train", recipe, *options, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     first, other = (
