@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mmrl.errors import UserError
-from rewards import clip_score
-from rewards.clip_score import Config, build, located
+from rewards import _clip
+from rewards._clip import located
+from rewards.clip_score import Config, build
 
 MODEL = {
     "embed_dim": 16,
@@ -138,7 +139,7 @@ def test_unknown_name_and_tag(open_clip, images):
 
 def test_import_failure_is_explained(monkeypatch, images):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    clip_score._loaded.cache_clear()
+    _clip.loaded.cache_clear()
     with pytest.raises(UserError, match="torchvision"):
         build(Config())(PROMPTS, images)
 
