@@ -402,6 +402,7 @@ class Config(StrictModel):
         if not evaluation:
             return self.rollout
         changes = self.evaluation.model_dump(exclude_none=True)
+        changes["initial_noise"] = "sample"  # samples of a prompt are to differ
         scheduler = changes.get("scheduler", self.rollout.scheduler)
         if scheduler != "sa_solver":
             changes["noise_level"] = 0.0

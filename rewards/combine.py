@@ -59,6 +59,9 @@ class RewardSpec(StrictModel):
         return {**common, **own}
 
 
+GRACE_SECONDS = 2.0
+"""What calls under way get when a scorer is closed."""
+
 TIMED_OUT = "timed out after"
 """How the failure message of a call that hung begins."""
 
@@ -182,9 +185,15 @@ class Scorer:
         return [combined_scores(group, self._specs, outcomes) for group, outcomes in results]
 
     def close(self) -> None:
-        """Drop what is queued and end the threads; a call under way is not waited for."""
+        """Drop what is queued and end the threads; a call under way gets a moment to return.
+
+        Native code that still runs when the interpreter ends would abort the process.
+        """
         for worker in self._workers:
             worker.close()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Scorer:
         return self
@@ -246,7 +255,8 @@ class _Worker:
         self._spec, self._reward = spec, reward
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._closed = False
-        Thread(target=self._serve, name=f"reward-{spec.label}", daemon=True).start()
+        self._thread = Thread(target=self._serve, name=f"reward-{spec.label}", daemon=True)
+        self._thread.start()
 
     def submit(self, group: RolloutGroup) -> _Job:
         job = _Job(group)
@@ -256,6 +266,9 @@ class _Worker:
     def close(self) -> None:
         self._closed = True
         self._queue.put(None)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
     def _serve(self) -> None:
         while (job := self._queue.get()) is not None:

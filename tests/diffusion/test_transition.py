@@ -223,6 +223,8 @@ def test_initial_noise_may_be_shared_by_a_group(backend_of, shared):
     assert torch.equal(*starts) == (shared == "group")
     assert not torch.equal(starts[0], other.payload[0].states[0])
     assert not torch.equal(group.payload[0].states[1], group.payload[1].states[1])
+    judged = next(backend.rollout(make_requests(), evaluation=True)).payload.x0
+    assert not torch.equal(*judged)
 
 
 def test_gaps_between_means_are_gaps_of_velocities_times_the_coefficient(backend_of):
