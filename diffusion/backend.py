@@ -184,12 +184,14 @@ class DiffusionBackend:
         if self.config.model.lora is None:
             with torch.device("meta"):
                 network = self._architecture.from_config(self._bare.config)
-            network.load_state_dict(whole(self._bare.state_dict()), assign=True)
+            state = {**self._bare.state_dict(), **trainable(self._bare)}  # and buffers
+            network.load_state_dict(whole(state), assign=True)
             network.save_pretrained(folder / "transformer")
             return
         from peft.utils import get_peft_model_state_dict
 
-        state = whole(get_peft_model_state_dict(self._bare, adapter_name=ADAPTER))
+        adapter = whole(trainable(self._bare))
+        state = get_peft_model_state_dict(self._bare, state_dict=adapter, adapter_name=ADAPTER)
         lora = self._bare.peft_config[ADAPTER].to_dict()
         resolve("models", self.config.model.family).save_lora(folder, state, lora)
 

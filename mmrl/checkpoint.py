@@ -25,21 +25,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
-from mmrl.distributed import load_zero_moments, uses_zero, zero_moments
 from mmrl.errors import UserError
+from mmrl.sharding import trainable, whole, write
+from mmrl.zero import load_zero_moments, uses_zero, zero_moments
 
 MANIFEST = "manifest.json"
 SCALER = "scaler.pt"  # fp16 only
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _OPTIONS = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
-)
+)  # of the optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +77,16 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # Collective for sharded models, so every process asks; the main one alone writes the answer.
-    names = trained_names(trained.model, accelerator)
-    everything = get_model_state_dict(_network(trained.model, accelerator), options=_OPTIONS)
-    weights = {name: value for name, value in everything.items() if name in names}
+    # Collective for split models, so every process asks; the main one alone keeps the answer.
+    main = accelerator.is_main_process
+    weights = whole(trainable(accelerator.unwrap_model(trained.model)), keep=main)
     # torch fills an empty state by making a step, which would count as one ever after.
     started = bool(trained.optimizer.state)
     moments = _moments(accelerator, trained) if started else {}
     torch.save(random_state(), temporary / f"random-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_file(_contiguous(weights), temporary / "weights.safetensors")
+    if main:
+        save_file(weights, temporary / "weights.safetensors")
         save_file(_contiguous(trained.auxiliary), temporary / "auxiliary.safetensors")
         torch.save(moments, temporary / "optimizer.pt")
         torch.save(trained.scheduler.state_dict(), temporary / "scheduler.pt")
@@ -128,35 +126,28 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Verify a checkpoint and restore the trained parameters; returns the auxiliary tensors."""
     verify(folder)
-    weights: dict[str, Any] = load_file(folder / "weights.safetensors")
-    missing = trained_names(model, accelerator) - weights.keys()
+    weights = load_file(folder / "weights.safetensors")
+    # Frozen parameters and buffers come from the base model.
+    parameters = trainable(accelerator.unwrap_model(model))
+    missing = parameters.keys() - weights.keys()
     if missing:
         raise UserError(f"checkpoint {folder} lacks the trained parameters {sorted(missing)[:3]}")
-    set_model_state_dict(_network(model, accelerator), weights, options=_OPTIONS)
+    write(parameters, weights)
     return load_file(folder / "auxiliary.safetensors")
-
-
-def trained_names(model: torch.nn.Module, accelerator: Accelerator) -> set[str]:
-    """Names of the trained parameters; frozen ones and buffers come from the base model."""
-    bare = accelerator.unwrap_model(model)
-    return {name for name, value in bare.named_parameters() if value.requires_grad}
-
-
-def _network(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """The model in a wrapping that torch's functions for states know: not in DeepSpeed's engine."""
-    return accelerator.unwrap_model(model) if uses_zero(accelerator) else model
 
 
 def _moments(accelerator: Accelerator, trained: Trained) -> dict[str, Any]:
     """State of the optimizer by parameter name, gathered; the same under every launcher."""
     if uses_zero(accelerator):
-        return zero_moments(_network(trained.model, accelerator), trained.optimizer)
+        network, main = accelerator.unwrap_model(trained.model), accelerator.is_main_process
+        return zero_moments(network, trained.optimizer, keep=main)
     return get_optimizer_state_dict(trained.model, trained.optimizer, options=_OPTIONS)
 
 
 def _load_moments(accelerator: Accelerator, trained: Trained, moments: dict[str, Any]) -> None:
     if uses_zero(accelerator):
-        load_zero_moments(_network(trained.model, accelerator), trained.optimizer, moments)
+        network = accelerator.unwrap_model(trained.model)
+        load_zero_moments(network, trained.optimizer, moments)
     else:
         set_optimizer_state_dict(trained.model, trained.optimizer, moments, options=_OPTIONS)
 

@@ -12,9 +12,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
 from mmrl.errors import UserError
+from mmrl.zero import configure_zero, uses_zero
 
 Item = TypeVar("Item")
-STEP = "step"  # the one entry of Adam's state that has no elements of its own for each parameter
+_ENVIRONMENT = dict(os.environ)  # as launched: accelerate adds its own variables to it later
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     """
     cpu, zero = not torch.cuda.is_available(), parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if cpu:
-        share_cores(os.environ)
+        share_cores(_ENVIRONMENT)
         if mixed_precision == "fp16":
             raise UserError("model.dtype: fp16 needs a GPU; allowed on this machine: fp32, bf16")
         if zero:
             PartialState(cpu=True)  # with ``cpu=True`` below, accelerate would ignore DeepSpeed
     accelerator = Accelerator(cpu=cpu and not zero, mixed_precision=mixed_precision, **options)
     if uses_zero(accelerator):
-        configure_zero(_zero_config(accelerator), mixed_precision)
+        configure_zero(accelerator, mixed_precision)
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise UserError(
@@ -108,99 +109,6 @@ def keep_own_dtypes(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     assert plugin is not None, "only called under FSDP"
     plugin.mixed_precision_policy = None
-
-
-def uses_zero(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed's ZeRO holds the optimizer."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-def configure_zero(config: dict[str, Any], mixed_precision: str) -> None:
-    """Make DeepSpeed, by its configuration, compute what the other launchers compute.
-
-    Its own ``bf16`` mode would cast the trained float32 weights; under autocast they stay as they
-    are, and gradients are summed in float32.  ``UserError`` for what was never tested.
-    """
-    zero = config["zero_optimization"]
-    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device", "none")
-    if stage != 2 or offload != "none":
-        raise UserError(
-            f"DeepSpeed with zero_stage {stage} and offload_optimizer_device {offload} is not "
-            "supported; allowed: 2 and none, as in configs/accelerate/zero2.yaml; "
-            "configs/accelerate/fsdp2.yaml splits the weights as well"
-        )
-    if mixed_precision == "fp16":
-        raise UserError("model.dtype: fp16 is not supported with DeepSpeed; allowed: fp32, bf16")
-    config["bf16"] = config["fp16"] = {"enabled": False}
-    config["torch_autocast"] = {
-        "enabled": mixed_precision == "bf16",
-        "dtype": "bfloat16",
-        "lower_precision_safe_modules": [],  # of no module are gradients summed in bfloat16
-    }
-    config["gradient_accumulation_steps"] = 1  # the trainer's losses add up to one mean
-    config["train_micro_batch_size_per_gpu"] = 1  # only counts samples; must be some number
-
-
-def clip_inside_zero(accelerator: Accelerator, max_grad_norm: float) -> None:
-    """Before ``prepare``: DeepSpeed clips by itself, as it steps inside the last backward."""
-    if uses_zero(accelerator):
-        _zero_config(accelerator)["gradient_clipping"] = max_grad_norm
-
-
-def _zero_config(accelerator: Accelerator) -> dict[str, Any]:
-    plugin = accelerator.state.deepspeed_plugin
-    assert plugin is not None
-    return plugin.deepspeed_config
-
-
-def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer of torch that accelerate and DeepSpeed wrapped."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def zero_moments(network: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Gathered state of a ZeRO optimizer, in the form of torch's ``get_optimizer_state_dict``.
-
-    Collective; the optimizer must have made a step.
-    """
-    from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
-        safe_get_full_optimizer_state,
-    )
-
-    inner = torch_optimizer(optimizer)
-    (group,), (flat,) = inner.param_groups, inner.param_groups[0]["params"]
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in network.named_parameters():
-        if value.requires_grad:
-            state[name] = {
-                key: x.clone() if key == STEP else safe_get_full_optimizer_state(value, key).cpu()
-                for key, x in inner.state[flat].items()
-            }
-    return {"state": state, "param_groups": [{**group, "params": list(state)}]}
-
-
-def load_zero_moments(network: torch.nn.Module, optimizer: Any, moments: dict[str, Any]) -> None:
-    """Inverse of ``zero_moments``, for any number of processes."""
-    from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
-        safe_set_full_optimizer_state,
-    )
-
-    inner = torch_optimizer(optimizer)
-    (group,), (flat,) = inner.param_groups, inner.param_groups[0]["params"]
-    state, (saved,) = moments["state"], moments["param_groups"]
-    group.update({key: x for key, x in saved.items() if key != "params"})
-    inner.state[flat] = {
-        key: x.clone() if key == STEP else torch.zeros_like(flat)
-        for key, x in next(iter(state.values())).items()
-    }
-    # DeepSpeed does this in its first step; only then parameters know their parts of the state.
-    optimizer._lazy_init_hp_params_optimizer_state()
-    for name, value in network.named_parameters():
-        for key, x in state.get(name, {}).items():
-            if key != STEP:
-                safe_set_full_optimizer_state(value, x, key)
 
 
 def share_cores(environment: Mapping[str, str]) -> None:

@@ -28,18 +28,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from torch.distributed.tensor import DTensor
 
 from mmrl import checkpoint, preflight
 from mmrl.backend import Backend
 from mmrl.config import RunConfig, parse, read_yaml
-from mmrl.distributed import (
-    any_process,
-    clip_inside_zero,
-    make_accelerator,
-    torch_optimizer,
-    uses_zero,
-)
+from mmrl.distributed import any_process, make_accelerator
 from mmrl.errors import UserError
 from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
 from mmrl.metrics import MetricsFile
@@ -47,8 +40,10 @@ from mmrl.progress import Display, make_display
 from mmrl.prompts.dataset import content_id
 from mmrl.resolve import backend_module
 from mmrl.run_folder import flatten
+from mmrl.sharding import part_of
 from mmrl.trainer import Trainer, make_requests, needs_of
 from mmrl.types import Prompt
+from mmrl.zero import clip_inside_zero, torch_optimizer, uses_zero
 from rewards.combine import Scorer
 
 PACKAGES = (
@@ -429,9 +424,7 @@ def _fingerprint(backend: Backend) -> str:
     total = torch.zeros(2, dtype=torch.float64)
     for p in backend.model.parameters():
         if p.requires_grad:
-            # A shard is enough: every process looks at its own.
-            local = p.to_local() if isinstance(p, DTensor) else p
-            x = local.detach().double().cpu()
+            x = part_of(p).double().cpu()  # every process looks at its own
             total += torch.stack([x.sum(), (x * torch.arange(x.numel()).view_as(x)).sum()])
     return repr(total.tolist())
 

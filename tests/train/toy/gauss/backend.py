@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from mmrl.sharding import trainable, whole, write
 from mmrl.types import Anchor, PolicyTerms, RolloutGroup
 
 
@@ -33,9 +34,10 @@ class ToyBackend:
     @torch.no_grad()
     def rollout(self, requests, *, evaluation=False):
         policy = getattr(self.model, "module", self.model)
+        mean = whole(trainable(policy))["mean"]
         for request in requests:
             rows = [noise(request, i, self.config.decisions) for i in range(request.group_size)]
-            x = torch.stack(rows) + policy.mean
+            x = torch.stack(rows) + mean
             yield RolloutGroup(
                 request=request,
                 outputs=[row.tolist() for row in x],
@@ -68,15 +70,15 @@ class ToyBackend:
     @contextmanager
     def averaged(self):
         policy = getattr(self.model, "module", self.model)
-        live = policy.mean.data.clone()
-        policy.mean.data.copy_(self.average)
+        live = whole(trainable(policy))
+        write(trainable(policy), {"mean": self.average})
         yield
-        policy.mean.data.copy_(live)
+        write(trainable(policy), live)
 
     def after_update(self, step):
         self.updates += 1
         policy = getattr(self.model, "module", self.model)
-        self.average = 0.5 * self.average + 0.5 * policy.mean.detach()
+        self.average = 0.5 * self.average + 0.5 * whole(trainable(policy))["mean"]
 
     def auxiliary_state(self):
         return {"average": self.average}
