@@ -119,7 +119,7 @@ def layout_of(parameter: Tensor) -> Layout:
 def part_of(parameter: Tensor) -> Tensor:
     """The part that this process holds, without history; writing to it changes the parameter."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().to_local()
+        return parameter.to_local().detach()
     if in_zero3(parameter):
         return flattened(parameter).trim(parameter.ds_tensor.detach())  # type: ignore[attr-defined]
     return parameter.detach()

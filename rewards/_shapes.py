@@ -138,11 +138,11 @@ def _clutter(contrast: np.ndarray, patches: list[_Patch]) -> float:
 
 def _blob(patch: _Patch, rgb: np.ndarray) -> Blob:
     height, width = patch.mask.shape
-    box = (patch.left, patch.top, patch.left + width, patch.top + height)
+    left, top = patch.left / WORKING_HEIGHT, patch.top / WORKING_HEIGHT
     return Blob(
         shape=_shape(patch.mask),
         colour=_colour(patch, rgb),
-        box=tuple(edge / WORKING_HEIGHT for edge in box),
+        box=(left, top, left + width / WORKING_HEIGHT, top + height / WORKING_HEIGHT),
     )
 
 
