@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,9 +66,10 @@ class StepsConfig(StrictModel):
         ge=1,
         description="Only steps with a smaller index; null: all.",
     )
-    noise: Literal["trained", "all"] = Field(
+    noise: Literal["trained", "scorable", "all"] = Field(
         default="trained",
-        description="Steps that add noise; the others follow the ODE.",
+        description="Steps that add noise; the others follow the ODE. all: the last one too, whose "
+        "noise stays in the image (Flow-GRPO as released).",
     )
     shared_by: Literal["step", "group", "sample"] = Field(
         default="step",
@@ -78,6 +80,11 @@ class StepsConfig(StrictModel):
         """Steps that may be trained."""
         limit = tables.num_steps if self.before is None else self.before
         return [step for step in tables.trainable if step < limit]
+
+    def noisy(self, tables: StepTables, trained: Sequence[int]) -> Sequence[int]:
+        """Steps that add noise to a sample of which ``trained`` are trained."""
+        steps = {"trained": trained, "scorable": tables.trainable}
+        return steps.get(self.noise, range(tables.num_steps))
 
     def count(self, tables: StepTables) -> int:
         """Trained steps of a sample."""
@@ -110,7 +117,7 @@ class StepsConfig(StrictModel):
         if self.noise == "trained" and self.shared_by == "sample" and self.select != "all":
             raise UserError(
                 "likelihood.steps.shared_by = 'sample' with noise = 'trained' would give the "
-                "samples of a group different kernels; allowed: 'step', 'group', or noise = 'all'"
+                "samples of a group different kernels; allowed: 'step', 'group', or other noise"
             )
 
     def draw(self, tables: StepTables, generator: torch.Generator) -> list[int]:

@@ -72,13 +72,13 @@ class Transition:
     def draw(self, keys: Sequence[NoiseKey], velocity: Velocity, latents: Tensor) -> Drawn:
         """Samples by the kernel where it adds noise, and by Euler's steps elsewhere."""
         trained = [self.steps(key) for key in keys]
+        noisy = [self._likelihood.steps.noisy(self._tables, steps) for steps in trained]
         states = self._rounded(latents)
         path, logp = [states.cpu()], [[] for _ in keys]
         for step, sigma in enumerate(self._sigmas[:-1].tolist()):
             asked = velocity(states, torch.full((len(keys),), sigma, device=states.device))
             chosen = [step in steps for steps in trained]
-            noisy = [self._likelihood.steps.noise == "all" or is_trained for is_trained in chosen]
-            mean, std = self._moments(step, states, asked, noisy)
+            mean, std = self._moments(step, states, asked, [step in steps for steps in noisy])
             states = self._rounded(mean + self._noise(step, keys, std, mean))
             path.append(states.cpu())
             rows = [row for row, is_trained in enumerate(chosen) if is_trained]

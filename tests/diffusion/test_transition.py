@@ -189,6 +189,9 @@ def test_no_noise_is_drawn_outside_the_window(backend_of, monkeypatch):
     window = roll(backend_of("flow_sde", **steps))
     assert [p for p in purposes if p != "initial"] == ["transition 1", "transition 2"]
     purposes.clear()
+    roll(backend_of("flow_sde", **steps, noise="scorable"))
+    assert len([p for p in purposes if p != "initial"]) == 5
+    purposes.clear()
     everywhere = roll(backend_of("flow_sde", **steps, noise="all"))
     # The last step ends at sigma = 0, where flow_sde still has an S > 0.
     assert len([p for p in purposes if p != "initial"]) == 6
