@@ -188,7 +188,7 @@ backend:
     name: transition
     kernel: dance_sde
     noise_level: 0.3
-    steps: {select: subset, noise: all, shared_by: sample}
+    steps: {select: subset, noise: scorable, shared_by: sample}
     state_dtype: fp32
     evaluation_ema_decay: null
 advantage: {name: group, deviation: group, ddof: 1, eps: 1.0e-8, eps_mode: add}
