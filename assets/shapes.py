@@ -39,6 +39,16 @@ TRIANGLE_SCALE = 1.4
 """Radius of a triangle's corners over ``radius``; equal areas would need 1.56, too high for two."""
 SUPERSAMPLING = 8
 
+_POLYGONS = {
+    "circle": (48, 1.0, 0.0),
+    "square": (4, math.sqrt(math.pi / 2), math.pi / 4),
+    "triangle": (3, TRIANGLE_SCALE, -math.pi / 2),
+}
+"""Number of corners, their distance from the centre over `radius`, angle of the first."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
@@ -60,21 +70,20 @@ class Placed:
     radius: float
     angle: float = 0.0
 
-    def outline(self) -> np.ndarray:
-        """Points [M, 2] (x, y) around the object."""
-        count, scale, turn = {
-            "circle": (48, 1.0, 0.0),
-            "square": (4, math.sqrt(math.pi / 2), math.pi / 4),
-            "triangle": (3, TRIANGLE_SCALE, -math.pi / 2),
-        }[self.shape]
-        angles = np.arange(count) * (2 * math.pi / count) + turn + self.angle
-        ring = np.stack([np.cos(angles), np.sin(angles)], 1)
-        return np.array([self.x, self.y]) + self.radius * scale * ring
+    def outline(self) -> list[tuple[float, float]]:
+        """Corners (x, y) of the object; a circle has many."""
+        count, scale, turn = _POLYGONS[self.shape]
+        reach = self.radius * scale
+        angles = [turn + self.angle + i * (2 * math.pi / count) for i in range(count)]
+        return [(self.x + reach * math.cos(a), self.y + reach * math.sin(a)) for a in angles]
 
-    def box(self) -> np.ndarray:
-        """Least and greatest x and y: [[left, top], [right, bottom]]."""
-        points = self.outline()
-        return np.stack([points.min(0), points.max(0)])
+    def box(self) -> Box:
+        """The least upright rectangle around the object."""
+        if self.shape == "circle":
+            reach = self.radius
+            return self.x - reach, self.y - reach, self.x + reach, self.y + reach
+        xs, ys = zip(*self.outline(), strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,24 +158,24 @@ def _drawn(item: Placed, radii: tuple[float, float], rng: random.Random) -> Plac
 
 def fits(item: Placed, others: Sequence[Placed]) -> bool:
     """Whether an object keeps its distance from the border and from all others."""
-    low, high = item.box()
-    inside = (low >= MARGIN).all() and (high <= np.array([WIDTH, HEIGHT]) - MARGIN).all()
-    return bool(inside) and all(_apart((low, high), other.box()) for other in others)
+    left, top, right, bottom = box = item.box()
+    inside = min(left, top, WIDTH - right, HEIGHT - bottom) >= MARGIN
+    return inside and all(max(_gaps(box, other.box())) >= GAP for other in others)
 
 
-def _apart(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
-    return bool((a[0] >= b[1] + GAP).any() or (b[0] >= a[1] + GAP).any())
+def _gaps(a: Box, b: Box) -> tuple[float, float]:
+    """Free pixels between two boxes along x and along y; negative where they overlap."""
+    return max(a[0] - b[2], b[0] - a[2]), max(a[1] - b[3], b[1] - a[3])
 
 
 def stands(first: Placed, second: Placed, relation: str) -> bool:
     """Whether ``first`` stands unmistakably ``relation`` ``second``."""
     axis = 0 if relation in ("left of", "right of") else 1
     sign = -1 if relation in ("left of", "above") else 1
-    offset = np.array([first.x - second.x, first.y - second.y])
-    clear = bool(_apart(first.box()[:, axis : axis + 1], second.box()[:, axis : axis + 1]))
-    return (
-        clear and sign * offset[axis] > 0 and abs(offset[1 - axis]) <= MAX_SLANT * abs(offset[axis])
-    )
+    offset = (first.x - second.x, first.y - second.y)
+    along, across = sign * offset[axis], abs(offset[1 - axis])
+    clear = _gaps(first.box(), second.box())[axis] >= GAP
+    return clear and along > 0 and across <= MAX_SLANT * along
 
 
 # ---------------------------------------------------------------- pixels
@@ -178,6 +187,6 @@ def render(scene: Scene) -> np.ndarray:
     canvas[:] = scene.background
     for item in scene.objects:
         # Pixel edges are whole numbers here; OpenCV puts whole numbers at pixel centres.
-        points = np.round(item.outline() * SUPERSAMPLING - 0.5).astype(np.int32)
+        points = np.round(np.array(item.outline()) * SUPERSAMPLING - 0.5).astype(np.int32)
         cv2.fillPoly(canvas, [points], COLOURS[item.colour])
     return cv2.resize(canvas, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
