@@ -128,10 +128,10 @@ def _parameters(folder: Path, part: str) -> int:
 
 def _activations(config: Config, sizes: Outline, width: int) -> float:
     network = sizes.network
-    _, height, columns = sizes.latents
-    image_tokens = height * columns // network.config.patch_size**2
+    family = resolve("models", config.model.family)
+    image_tokens = family.image_tokens(network.config, sizes.latents)
     tokens = image_tokens + CLIP_TOKENS + config.model.max_sequence_length
-    layers = network.config.num_layers
+    layers = network.config.num_layers + network.config.get("num_single_layers", 0)
     # Recomputation keeps one tensor for each block, and one whole block at a time.
     recomputed = config.model.gradient_checkpointing
     held = layers + HIDDEN_TENSORS if recomputed else HIDDEN_TENSORS * layers
