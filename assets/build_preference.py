@@ -65,20 +65,20 @@ FACTORS = tuple(TEXTS)[1:]
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 FULL_CONTRAST = 0.9
 """Difference of luma, of 1, from which contrast is as good as it gets: black ink."""
-WORST_OFFSET = (16.0, 8.0)
+WORST_OFFSET = (24.0, 12.0)
 """Pixels right of and below the middle, each of which alone takes the whole grade of centring."""
 WORST_CLUTTER = 32.0
 """Root mean square deviation of the background, of 255, from which it is as bad as it gets."""
-LEAST_CONTRAST = 0.15
+LEAST_CONTRAST = 0.25
 """Least part of the contrast of its own ink that a picture is left with."""
-MAX_PATTERN = 48.0
+MAX_PATTERN = 36.0
 """Largest root mean square of a background pattern before clipping, of 255."""
 TEXT_SIZES = range(13, 26)
 HELD_OUT_TEXTS = 0.2
 
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[EOS]"
 CONTEXT_LENGTH = 16
-STEPS, BATCH, LEARNING_RATE = 1200, 256, 2e-3
+STEPS, BATCH, LEARNING_RATE = 2200, 128, 2e-3
 POOL, HELD_OUT_POOL = 8000, 1000
 CLEAR = 0.05
 """Difference of utilities from which a pair counts as one with a clear preference."""
@@ -176,7 +176,8 @@ def random_look(layers: Layers, generator: torch.Generator) -> Look:
     ends = torch.stack(_room(layers.alpha))
     corner = torch.randint(2, (size, 2), generator=generator)
     far = torch.where(corner.bool(), ends[1], ends[0])
-    part = _amount(size, generator)[:, None] * torch.rand(size, 2, generator=generator).sqrt()
+    direction = torch.rand(size, 2, generator=generator)
+    part = _amount(size, generator)[:, None] * direction / direction.amax(1, keepdim=True)
     strength = MAX_PATTERN * _amount(size, generator).square()
     return Look(
         contrast=1 - (1 - LEAST_CONTRAST) * _amount(size, generator),
@@ -382,7 +383,7 @@ def train(model: open_clip.CLIP, layers: Layers, tokens: Tensor, steps: int, see
         schedule.step()
         error = (predicted.detach().sigmoid() - label).abs().mean().item()
         excess += (error - excess) / min(step, 50)
-        if step % 100 == 0:
+        if step % 200 == 0:
             log(f"step {step}/{steps} mean error of the grades {excess:.4f}")
 
 
