@@ -12,6 +12,7 @@ before anything is timed.  Then: bytes of a sample between rollout and update.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -85,15 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, time, count bytes, print, write."""
     options = _parser().parse_args(arguments)
     prompts = load_prompts(load(options, ()).prompts.source, "prompts.source")
+    prompts = prompts[: -(-max(options.samples) // options.group_size)]
+    loads = [os.getloadavg()[0]]
     found = [
         comparison
         for dtype in DTYPES
         for guidance in GUIDANCES
         for comparison in compare(options, prompts, dtype, guidance)
     ]
+    loads.append(os.getloadavg()[0])
     held = measured_bytes(options, prompts)
     shapes = [measured_sizes(options, prompts), sd35_sizes(205), sd35_sizes(333)]
-    about = tables.machine() | {"threads": torch.get_num_threads()}
+    about = tables.machine() | {"threads": torch.get_num_threads(), "load": loads}
     markdown = report(found, held, shapes, options, about)
     data = {
         "machine": about,
@@ -352,6 +356,7 @@ def report(
     about: dict[str, Any],
 ) -> str:
     """The whole result in markdown."""
+    loads = " and ".join(f"{load:.1f}" for load in about["load"])
     changes = f" with {' '.join(options.overrides)}" if options.overrides else ""
     return "\n\n".join(
         [
@@ -363,7 +368,8 @@ def report(
             f"step by step over folded, median of {options.rounds} rounds taken by turns (min to "
             "max). The gaps are the largest difference of a logp and the norm of the difference of "
             "the gradients over their norm; float32 was refused above "
-            f"{LOGP_TOLERANCE:g} and {GRADIENT_TOLERANCE:g}. Threads: {about['threads']}.",
+            f"{LOGP_TOLERANCE:g} and {GRADIENT_TOLERANCE:g}. Threads: {about['threads']}. Load "
+            f"average of the machine before and after: {loads}.",
             "## Bytes of a sample between rollout and update",
             byte_table(shapes, options.group_size),
             "Embeddings in the first three rows are held once for a prompt and shared by its "

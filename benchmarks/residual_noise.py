@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace, condition: Condition) -> tuple[list[Lin
         draws = [draw(backend, prompts, seed) for seed in options.seeds]
         found[kernel] = [figures(backend, prompts, latents) for latents in draws]
         columns[kernel] = backend._family.decode(draws[0][shown])
-        std = last_std(backend, condition)
+        std = last_std(backend)
         lines.append(line_of(condition.name, kernel, level, std, found[kernel], found["ode"]))
     picture = labelled_grid(
         [list(images) for images in zip(*columns.values(), strict=True)],
@@ -232,13 +232,13 @@ def draw(backend: DiffusionBackend, prompts: Sequence[Prompt], seed: int) -> Ten
     return torch.cat(found)
 
 
-def last_std(backend: DiffusionBackend, condition: Condition) -> float:
-    """S of the last step, 0 where the condition leaves that step to the ODE."""
+def last_std(backend: DiffusionBackend) -> float:
+    """S of the last step, 0 where that step follows the ODE."""
     likelihood: Any = backend.config.likelihood
     step_tables = backend.config.step_tables(likelihood)
     last = step_tables.num_steps - 1
-    noisy = condition.noise == "all" or last in likelihood.steps.candidates(step_tables)
-    return float(step_tables.noisy.std[last]) if noisy else 0.0
+    noisy = likelihood.steps.noisy(step_tables, likelihood.steps.candidates(step_tables))
+    return float(step_tables.noisy.std[last]) if last in noisy else 0.0
 
 
 @torch.no_grad()
