@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import sampling
-from diffusion.attention import Availability, pick_attention
+from diffusion.attention import Availability, apply_attention, pick_attention
 from diffusion.config import DTYPES, Config, FlowMatchingConfig
 from diffusion.decisions import OTHER_POLICIES, Decisions, Rows
 from diffusion.estimate import describe, estimate_memory
@@ -79,8 +79,6 @@ class DiffusionBackend:
     ) -> Iterator[RolloutGroup]:
         """Yield one group for each request, in order; forwards run across group borders."""
         self._take_copies()
-        if self._teachers is not None and not evaluation:
-            self._teachers.refuse_untaught([request.prompt for request in requests])
         keys = [_key(request, index) for request in requests for index in range(request.group_size)]
         samples = self._samples(keys, evaluation)
         for request in requests:
@@ -113,10 +111,14 @@ class DiffusionBackend:
             others["old"] = torch.stack(list(batch.memory), dim=1).flatten(0, 1).to(self._device)
         velocity = self._policy(rows)
         terms = self._decisions.terms(rows, velocity, others, needs)
-        norms = {name: rows.unfold(_norm(other)) for name, other in others.items()}
+        reference = others.get("reference")
         return PolicyTerms(
             **{name: rows.unfold(value) for name, value in terms.items()},
-            metrics=_norm_metrics(rows.unfold(_norm(velocity)), norms, batch.weights),
+            metrics=_norm_metrics(
+                rows.unfold(_norm(velocity)),
+                None if reference is None else rows.unfold(_norm(reference)),
+                batch.weights,
+            ),
         )
 
     @torch.no_grad()
@@ -355,6 +357,8 @@ def build(
     prepare_weights(family.transformer, config.model, family_module.LORA_TARGETS, seed)
     teachers = Teachers.load(config, family, prompts) if config.teachers else None
     family.use_attention(attention.name)
+    for network in teachers.networks if teachers else ():
+        apply_attention(network, attention.name)
     return DiffusionBackend(
         config, family, conditions, needs=needs, attention=attention, teachers=teachers
     )
@@ -413,7 +417,7 @@ def _norm(velocity: Tensor) -> Tensor:
 
 
 def _norm_metrics(
-    norm: Tensor, others: dict[str, Tensor], weights: Tensor
+    norm: Tensor, reference: Tensor | None, weights: Tensor
 ) -> dict[str, tuple[float, float]]:
     """(sum, count) of mean v^2 [B, K], and of its ratio to the reference where that was computed.
 
@@ -422,7 +426,7 @@ def _norm_metrics(
     weights = weights.to(norm).unsqueeze(1).expand_as(norm)
     count = float(weights.sum())
     found = {"velocity_norm": (float((weights * norm).sum()), count)}
-    if "reference" in others:
-        ratio = norm / others["reference"].clamp_min(1e-12)
+    if reference is not None:
+        ratio = norm / reference.clamp_min(1e-12)
         found["velocity_norm_ratio"] = (float((weights * ratio).sum()), count)
     return found

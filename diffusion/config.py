@@ -5,7 +5,7 @@ Importing this module imports neither diffusers nor a model, so a file can be ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +16,9 @@ from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
 from diffusion.schedule import Grid, Scheduler, sigma_grid
 from diffusion.steps import StepsConfig, StepTables
 from mmrl.errors import UserError
-from mmrl.schema import StrictModel
+from mmrl.prompts.dataset import TASK
+from mmrl.schema import StrictModel, nearest
+from mmrl.types import Prompt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -295,6 +297,11 @@ def _name_of(likelihood: Any) -> str:
     return likelihood.name
 
 
+def task_of(prompt: Prompt) -> str:
+    """What its column ``task`` says, "" without one."""
+    return str(prompt.columns.get(TASK, ""))
+
+
 class TeacherConfig(StrictModel):
     """A frozen policy that the student is distilled from on the prompts of one task."""
 
@@ -330,10 +337,6 @@ class Config(StrictModel):
         default=[],
         description="Frozen policies by task, for objective opd.",
     )
-    task_column: str = Field(
-        default="task",
-        description="Column of the prompts that names a teacher's task.",
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -347,6 +350,10 @@ class Config(StrictModel):
                 self.rollout.num_steps,
                 self.likelihood.timestep_fraction,
                 self.likelihood.num_times,
+            )
+        if self.teachers and not isinstance(self.likelihood, TransitionConfig):
+            raise UserError(
+                "teachers: they teach denoising steps, so they need likelihood 'transition'"
             )
         tasks = [teacher.task for teacher in self.teachers]
         twice = sorted({task for task in tasks if tasks.count(task) > 1})
@@ -376,7 +383,11 @@ class Config(StrictModel):
         """Terms that the likelihood computes (see ``mmrl.types.PolicyTerms``)."""
         common = {"velocity_gap_reference", "velocity_gap_ema", "sigma"}
         if not isinstance(self.likelihood, TransitionConfig):
-            return frozenset(common | {"logp", "implicit_positive", "implicit_negative"})
+            # DiffusionNFT's v_old is the policy that drew the samples.
+            implied = {"implicit_positive", "implicit_negative"}
+            return frozenset(
+                common | {"logp"} | (implied if self.likelihood.behaviour == "ema" else set())
+            )
         step = {"step_size", "step_std", "diffusion", "mean_gap_reference"}
         # What is compared with the old mean is a Gaussian log-density, which that of cps is not.
         gaussian = self.likelihood.kernel in ("flow_sde", "dance_sde")
@@ -384,6 +395,17 @@ class Config(StrictModel):
         scored = set() if self.likelihood.kernel == "ode" else {"logp", "logp_ref"}
         taught = {"mean_gap_teacher"} if self.teachers else set()
         return frozenset(common | step | scored | taught)
+
+    def refuse_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """``UserError`` for a training prompt that no teacher is there for."""
+        taught = [teacher.task for teacher in self.teachers]
+        for prompt in prompts if taught else ():
+            task = task_of(prompt)
+            if task not in taught:
+                raise UserError(
+                    f"teachers: none has the task {task!r} of prompt {prompt.text!r}; "
+                    f"{nearest(task, sorted(taught))}"
+                )
 
     @property
     def num_decisions(self) -> int:

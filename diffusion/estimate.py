@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffusion.config import DTYPES, Config, FlowMatchingConfig
-from diffusion.lora import add_lora
+from diffusion.lora import LORA_FILE, add_lora, teacher_folder, weights_folder
 from diffusion.models.base import locate, read_json, vae_scale_factor
 from diffusion.weights import trainable
 from mmrl.resolve import resolve
@@ -49,7 +49,8 @@ def outline(config: Config) -> Outline:
 
 
 def describe(config: Config) -> list[str]:
-    """Lines for ``mmrl check``."""
+    """Lines for ``mmrl check``; ``UserError`` for adapters and teachers that are not there."""
+    refuse_missing_weights(config)
     model, lora, rollout = config.model, config.model.lora, config.rollout
     sizes = outline(config)
     how = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora else "all parameters"
@@ -60,6 +61,15 @@ def describe(config: Config) -> list[str]:
         f"rollout: {rollout.scheduler}, {rollout.num_steps} steps, guidance {rollout.guidance:g}",
         *describe_likelihood(config),
     ]
+
+
+def refuse_missing_weights(config: Config) -> None:
+    """``UserError`` naming the first folder that should hold weights and does not."""
+    lora = config.model.lora
+    if lora is not None and lora.path is not None:
+        weights_folder(Path(lora.path), LORA_FILE, f"model.lora.path = {lora.path!r}")
+    for teacher in config.teachers:
+        teacher_folder(teacher)
 
 
 def describe_likelihood(config: Config) -> list[str]:
@@ -136,5 +146,6 @@ def _activations(config: Config, sizes: Outline, width: int) -> float:
     recomputed = config.model.gradient_checkpointing
     held = layers + HIDDEN_TENSORS if recomputed else HIDDEN_TENSORS * layers
     # True guidance asks for every row twice.
-    doubled = 1 + (config.likelihood.name == "transition" and config.rollout.guidance > 1)
+    guided = config.likelihood.name == "transition" and config.rollout.guidance > 1
+    doubled = 1 + (guided and not network.config.get("guidance_embeds", False))
     return float(doubled * tokens * network.inner_dim * held * width)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from diffusion.config import LoraConfig, ModelConfig
+from diffusion.config import LoraConfig, ModelConfig, TeacherConfig
 from diffusion.noise import generator
 from diffusion.weights import trainable
 from mmrl.errors import UserError
@@ -69,13 +69,22 @@ def add_lora(transformer: Any, lora: LoraConfig, default_targets: Sequence[str])
 def start_from(transformer: Any, lora: LoraConfig) -> None:
     """Give the adapter the weights in ``lora.path``; ``UserError`` unless they fit it exactly."""
     where = f"model.lora.path = {lora.path!r}"
-    about, state = _read_adapter(weights_folder(Path(lora.path or ""), LORA_FILE, where))
+    about, state = _read_adapter(weights_folder(Path(lora.path or ""), LORA_FILE, where), where)
     # The scale alpha / rank is no part of the weights, so a difference would go unnoticed.
     for name, ours in (("r", lora.rank), ("lora_alpha", lora.alpha)):
-        theirs = about.get(name, ours)
+        theirs = about[name]
         if theirs != ours:
             raise UserError(f"{where} has {name} = {theirs}, but model.lora says {ours}")
     _fill(transformer, ADAPTER, state, where)
+
+
+def teacher_folder(teacher: TeacherConfig) -> Path:
+    """Where a teacher's adapter or else its network lies; ``UserError`` if neither is there."""
+    path, where = Path(teacher.path), f"teachers: path = {teacher.path!r}"
+    try:
+        return weights_folder(path, LORA_FILE, where)
+    except UserError as missing:
+        return weights_folder(path, "transformer", f"{missing}, and")
 
 
 def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
@@ -86,11 +95,10 @@ def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
     from peft import LoraConfig as PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    about, state = _read_adapter(folder)
+    about, state = _read_adapter(folder, where)
     trained = trainable(transformer).keys()
-    rank = about.get("r", next(iter(state.values())).shape[0])
     targets = sorted({key.partition(".lora_")[0] for key in state})
-    config = PeftConfig(r=rank, lora_alpha=about.get("lora_alpha", rank), target_modules=targets)
+    config = PeftConfig(r=about["r"], lora_alpha=about["lora_alpha"], target_modules=targets)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -107,15 +115,22 @@ def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
             module._active_adapter = [ADAPTER]
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The peft configuration (empty if the file has none) and weights by module."""
+def _read_adapter(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What peft would be told of the adapter, and its weights by module.
+
+    A file that does not say it has alpha = rank, as every reader assumes.  ``UserError`` for
+    variants of LoRA that would be computed otherwise.
+    """
     with safe_open(folder / LORA_FILE, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         state = {key: file.get_tensor(key) for key in file.keys()}
-    return (
-        {key.removeprefix(_PREFIX): value for key, value in about.items()},
-        {key.removeprefix(_PREFIX): value for key, value in state.items()},
-    )
+    about = {key.removeprefix(_PREFIX): value for key, value in about.items()}
+    state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if about.get(key):
+            raise UserError(f"{where} was made with {key} = {about[key]!r}, which is not supported")
+    rank = about.get("r", next(len(x) for key, x in state.items() if "lora_A" in key))
+    return {"lora_alpha": rank, **about, "r": rank}, state
 
 
 def _fill(transformer: Any, name: str, state: dict[str, Tensor], where: str) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.config import Config, TeacherConfig
+from diffusion.config import Config, TeacherConfig, task_of
 from diffusion.decisions import Rows
-from diffusion.lora import LORA_FILE, adapter_active, load_frozen, weights_folder
+from diffusion.lora import LORA_FILE, adapter_active, load_frozen, teacher_folder
 from diffusion.noise import NoiseKey
 from mmrl.errors import UserError
-from mmrl.schema import nearest
+from mmrl.sharding import is_split
 from mmrl.types import Prompt
 
 
@@ -48,53 +48,52 @@ class Teachers:
     @staticmethod
     def load(config: Config, family: Any, prompts: Sequence[Prompt]) -> Teachers:
         """``UserError`` for a teacher that is not there or does not fit."""
-        tasks = {p.id: str(p.columns.get(config.task_column, "")) for p in prompts}
+        tasks = {prompt.id: task_of(prompt) for prompt in prompts}
         teachers = {}
         for number, teacher in enumerate(config.teachers):
             teachers[teacher.task] = _load(teacher, f"teacher{number}", config, family)
         return Teachers(family.transformer, teachers, tasks)
 
-    def refuse_untaught(self, prompts: Sequence[Prompt]) -> None:
-        """``UserError`` if a prompt has no teacher."""
-        for prompt in prompts:
-            task = self._tasks.get(prompt.id, "")
-            if task not in self._teachers:
-                raise UserError(
-                    f"teachers: none has the task {task!r} of prompt {prompt.text!r}; "
-                    f"{nearest(task, sorted(self._teachers))}"
-                )
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those that teachers have of their own."""
+        return [t.network for t in self._teachers.values() if t.network is not None]
 
     def velocities(
         self, rows: Rows, velocity: Callable[[Rows, float, nn.Module | None], Tensor]
     ) -> Tensor:
         """[R, ...]: each row's by its own teacher, with that teacher's guidance."""
         found = torch.empty_like(rows.states)
-        for task in sorted({self._task(key) for key in rows.keys}):
-            teacher = self._teachers[task]
-            mine = torch.tensor([self._task(key) == task for key in rows.keys])
-            chosen = mine.repeat(rows.num_decisions).to(rows.states.device)
-            part = Rows(
-                states=rows.states[chosen],
-                sigma=rows.sigma[chosen],
-                keys=[key for key in rows.keys if self._task(key) == task],
-                detail=None,
-            )
-            with teacher.active(self._student):
-                found[chosen] = velocity(part, teacher.config.guidance, teacher.network)
+        split = is_split(self._student)
+        for task, teacher in sorted(self._teachers.items()):
+            mine = [self._task(key) == task for key in rows.keys]
+            # Processes with other tasks must meet for every forward of a split network.
+            if any(mine) or (split and teacher.network is None):
+                part, chosen = _part(rows, mine if any(mine) else [True, *mine[1:]])
+                with teacher.active(self._student):
+                    values = velocity(part, teacher.config.guidance, teacher.network)
+                found[chosen] = values if any(mine) else found[chosen]
         return found
 
     def _task(self, key: NoiseKey) -> str:
         return self._tasks[key.prompt_id]
 
 
+def _part(rows: Rows, mine: Sequence[bool]) -> tuple[Rows, Tensor]:
+    """The rows of some samples, and which of all rows [R] they are."""
+    chosen = torch.tensor(mine).repeat(rows.num_decisions).to(rows.states.device)
+    keys = [key for key, is_mine in zip(rows.keys, mine, strict=True) if is_mine]
+    part = Rows(states=rows.states[chosen], sigma=rows.sigma[chosen], keys=keys, detail=None)
+    return part, chosen
+
+
 def _load(teacher: TeacherConfig, name: str, config: Config, family: Any) -> Teacher:
-    path, where = Path(teacher.path), f"teachers: path = {teacher.path!r}"
-    if not any((folder / LORA_FILE).is_file() for folder in (path / "final", path)):
-        folder = weights_folder(path, "transformer", f"{where} holds no {LORA_FILE} and")
+    folder, where = teacher_folder(teacher), f"teachers: path = {teacher.path!r}"
+    if not (folder / LORA_FILE).is_file():
         return Teacher(teacher, name, _load_network(folder, family))
     if config.model.lora is None:
         raise UserError(f"{where} is an adapter, which a student without model.lora cannot hold")
-    load_frozen(family.transformer, weights_folder(path, LORA_FILE, where), name, where)
+    load_frozen(family.transformer, folder, name, where)
     return Teacher(teacher, name, None)
 
 

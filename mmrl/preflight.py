@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl.config import RunConfig
+from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
 from mmrl.prompts.dataset import load_prompts
 from mmrl.resolve import backend_module
@@ -37,15 +37,52 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"{training.aggregation!r}; set it with sample_sum_over_horizon, and only then"
         )
     refuse_split_samples(config)
-    if hasattr(config.advantage.module, "reward_weights"):
-        labels = [spec.label for spec in config.rewards]
-        config.advantage.module.reward_weights(config.advantage.config, labels)
+    refuse_ignored_weights(config)
+    refuse_misread_advantages(config)
     samples = training.prompts_per_step * training.group_size
     if training.updates_per_epoch > samples:
         raise UserError(
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "
             "samples of a step (training.prompts_per_step x training.group_size)"
         )
+
+
+def refuse_ignored_weights(config: RunConfig) -> None:
+    """``UserError`` if the advantage weighs rewards itself and differs from the list of rewards."""
+    module, options = config.advantage.module, config.advantage.config
+    if not hasattr(module, "reward_weights"):
+        return
+    weights = module.reward_weights(options, [spec.label for spec in config.rewards])
+    for spec in config.rewards:
+        own = weights[spec.label]
+        if spec.weight not in (1.0, own):
+            raise UserError(
+                f"rewards: {spec.label!r} has weight {spec.weight:g}, but advantage "
+                f"{config.advantage.name!r} gives it {own:g}; say {spec.label}: {spec.weight:g} in "
+                "advantage.weights"
+            )
+
+
+def refuse_misread_advantages(config: RunConfig) -> None:
+    """``UserError`` unless probabilities reach just the objective that reads them as such."""
+    makers = [i for i, part in enumerate(config.modulators) if makes_probabilities(part)]
+    reads = getattr(config.objective.module, "READS_PROBABILITIES", False)
+    if reads and makers != [len(config.modulators) - 1]:
+        raise UserError(
+            f"objective: {config.objective.name!r} reads advantages as probabilities; put the "
+            "modulator 'optimality' last, and only once"
+        )
+    if makers and not reads:
+        name = config.modulators[makers[0]].name
+        raise UserError(
+            f"modulators[{makers[0]}]: {name!r} makes probabilities of advantages, which objective "
+            f"{config.objective.name!r} would take for advantages; it belongs to 'nft'"
+        )
+
+
+def makes_probabilities(part: Part) -> bool:
+    """Whether a modulator's values are probabilities, where 0 means bad."""
+    return getattr(part.module, "MAKES_PROBABILITIES", False)
 
 
 def refuse_split_samples(config: RunConfig) -> None:
@@ -134,6 +171,9 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
             f"training.prompts_per_step: {count} is more than the {len(training)} prompts "
             f"in {config.prompts.source}"
         )
+    refuse_prompts = getattr(config.backend.config, "refuse_prompts", None)
+    if refuse_prompts is not None:
+        refuse_prompts(training)
     source = config.evaluation.source
     evaluation = load_prompts(source, "evaluation.source") if source else []
     return training, evaluation[: config.evaluation.max_prompts]

@@ -135,6 +135,13 @@ def in_zero3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether a forward of ``model`` gathers weights, so that all processes must make it alike."""
+    return any(isinstance(x, FSDPModule) for x in model.modules()) or any(
+        map(in_zero3, model.parameters())
+    )
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of ``model`` that receive gradients, by name; parts where it is split."""
     reshard(model)

@@ -284,7 +284,10 @@ class Trainer:
             values = advantages.values[[s.position for s in rows.samples]]
             if anchors:
                 # Padding may have met no anchor pass; its loss has weight 0 whatever stands here.
-                found = [anchors.get(key) or next(iter(anchors.values())) for key in rows.keys]
+                filler = next(
+                    x for (_, start), x in anchors.items() if start == rows.decisions.start
+                )
+                found = [anchors.get(key, filler) for key in rows.keys]
                 logp_old = torch.stack([anchor.logp for anchor in found])
                 memory = [anchor.memory for anchor in found]
             elif self._off_policy:
@@ -296,7 +299,6 @@ class Trainer:
             weights=rows.weights.to(device),
             logp_old=logp_old,
             memory=memory,
-            first_decision=rows.decisions.start,
         )
 
     def _update_window(

@@ -131,8 +131,7 @@ class Anchor:
 class UpdateBatch:
     """One micro-batch of samples on their way into the loss.
 
-    K counts the decisions in this batch, which may be fewer than the samples have: those from
-    ``first_decision`` on.
+    K counts the decisions in this batch, which may be fewer than the samples have.
 
     ``payload``: made by the backend's ``collate``.  ``mask`` [B, K] bool.  ``advantages`` [B].
     ``weights`` [B] float64: 1 for a trained sample, 0 for padding of a short process.
@@ -147,7 +146,6 @@ class UpdateBatch:
     weights: Tensor
     logp_old: Tensor | None = None
     memory: Sequence[Any] | None = None
-    first_decision: int = 0
 
     def __post_init__(self) -> None:
         _check(self.mask, "mask", 2, torch.bool)

@@ -40,14 +40,19 @@ def load_prompts(source: Source, key: str) -> list[Prompt]:
     """
     if isinstance(source, dict):
         tasks = {task: load_prompts(files, f"{key}.{task}") for task, files in source.items()}
-        prompts = [_of_task(prompt, task) for task, found in tasks.items() for prompt in found]
+        prompts = [_of_task(p, task, key) for task, found in tasks.items() for p in found]
     else:
         paths = [source] if isinstance(source, Path) else source
         prompts = [prompt for path in paths for prompt in _load_file(path, key)]
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
-def _of_task(prompt: Prompt, task: str) -> Prompt:
+def _of_task(prompt: Prompt, task: str, key: str) -> Prompt:
+    own = prompt.columns.get(TASK, task)
+    if own != task:
+        raise UserError(
+            f"{key}.{task}: prompt {prompt.text!r} is of the task {own!r} by its column"
+        )
     # The same text in two tasks is two prompts, with noise and a teacher of their own.
     columns = {**prompt.columns, TASK: task}
     return Prompt(id=content_id(prompt.text, columns), text=prompt.text, columns=columns)

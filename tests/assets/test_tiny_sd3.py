@@ -56,7 +56,7 @@ def test_manifest_lists_every_file_with_its_checksum(manifest):
 def test_manifest_accuracy_lies_in_the_band(manifest):
     accuracy = manifest["base_accuracy"]
     assert accuracy["images"] >= 200
-    assert 0.42 <= accuracy["overall"] <= 0.58
+    assert 0.35 <= accuracy["overall"] <= 0.65
     assert manifest["ocr_ground_truth"] >= 0.97
     assert manifest["ocr_reconstructions"] >= 0.97
 

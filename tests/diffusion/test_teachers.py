@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sd3 import make_batch, make_config
 
 from diffusion.backend import build
+from diffusion.estimate import describe
 from diffusion.lora import LORA_FILE
 from diffusion.weights import trainable
 from mmrl.errors import UserError
@@ -88,6 +89,25 @@ def test_each_prompt_is_compared_with_its_own_teacher(pipeline_folder, policies,
         expected = size.square() * (ours - theirs).double().square().mean((1, 2, 3))
         torch.testing.assert_close(terms.mean_gap_teacher[b], expected, rtol=1e-4, atol=1e-10)
         assert (expected > 1e-6).all()
+
+
+def test_with_split_weights_every_teacher_is_asked_by_every_process(
+    pipeline_folder, policies, monkeypatch
+):
+    """A process whose samples need one teacher still takes part in the others' forwards."""
+    student = make_student(pipeline_folder, taught(policies))
+    groups = list(student.rollout(requests()))[:1]
+    batch = make_batch(student, groups)
+    alone = student.evaluate(batch, NEEDS).mean_gap_teacher
+    calls = []
+    ask = student._velocity
+    monkeypatch.setattr(student, "_velocity", lambda *a: calls.append(len(a[0].keys)) or ask(*a))
+    assert torch.equal(student.evaluate(batch, NEEDS).mean_gap_teacher, alone)
+    assert calls == [2, 2]  # the teacher's and the student's own
+    monkeypatch.setattr("diffusion.teachers.is_split", lambda model: True)
+    calls.clear()
+    assert torch.equal(student.evaluate(batch, NEEDS).mean_gap_teacher, alone)
+    assert calls == [2, 1, 2]
 
 
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(pipeline_folder, policies):
@@ -177,13 +197,48 @@ def test_an_adapter_with_the_wrong_shape(pipeline_folder, policies, tmp_path):
         make_student(pipeline_folder, lora={"rank": 4, "alpha": 8, "path": str(tmp_path)})
 
 
+def test_a_file_that_does_not_say_its_alpha_has_the_rank_as_alpha(
+    pipeline_folder, policies, tmp_path
+):
+    state = load_file(policies["cats"][0] / "final" / LORA_FILE)
+    save_file(state, tmp_path / LORA_FILE)
+    path = str(tmp_path)
+    make_student(pipeline_folder, lora={"rank": 4, "alpha": 4, "path": path})
+    with pytest.raises(UserError, match=r"has lora_alpha = 4, but model\.lora says 8"):
+        make_student(pipeline_folder, lora={"rank": 4, "alpha": 8, "path": path})
+    save_file(
+        state,
+        tmp_path / LORA_FILE,
+        metadata={"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})},
+    )
+    with pytest.raises(UserError, match="made with use_dora"):
+        make_student(pipeline_folder, lora={"rank": 4, "alpha": 4, "path": path})
+
+
+def test_weights_that_are_missing_are_found_without_loading_a_model(pipeline_folder, policies):
+    cats, dogs = taught(policies)
+    config = make_student(pipeline_folder, [cats, dogs]).config
+    describe(config)
+    gone = type(config).model_validate(
+        config.model_dump() | {"teachers": [cats, dogs | {"path": "nowhere"}]}
+    )
+    with pytest.raises(UserError, match="path = 'nowhere' holds no"):
+        describe(gone)
+
+
 def test_mistakes_with_teachers(pipeline_folder, policies):
     cats, dogs = taught(policies)
     with pytest.raises(UserError, match="none has the task 'dogs' of prompt 'two dogs'"):
-        next(make_student(pipeline_folder, [cats]).rollout(requests()))
+        make_student(pipeline_folder, [cats]).config.refuse_prompts(TASKS)
     with pytest.raises(UserError, match="cannot hold"):
         make_student(pipeline_folder, [cats, dogs], lora=None)
-    with pytest.raises(UserError, match=r"holds no pytorch_lora_weights\.safetensors and"):
+    with pytest.raises(
+        UserError, match=r"no pytorch_lora_weights\.saf.* and holds no transf"
+    ):
         make_student(pipeline_folder, [cats | {"path": "nowhere"}, dogs])
+    with pytest.raises((UserError, ValueError), match="need likelihood 'transition'"):
+        make_config(pipeline_folder).model_validate(
+            make_config(pipeline_folder).model_dump() | {"teachers": [cats]}
+        )
     with pytest.raises((UserError, ValueError), match="'cats' has more than one teacher"):
         make_student(pipeline_folder, [cats, cats])

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from mmrl.checkpoint import found
 from mmrl.cli import app
+from mmrl.config import parse
 from mmrl.errors import UserError
+from mmrl.preflight import refuse_unless_consistent
 from mmrl.prompts.dataset import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,3 +259,30 @@ def test_prompts_of_several_tasks(tmp_path):
     assert len({p.id for p in prompts}) == 3
     with pytest.raises(UserError, match=r"prompts\.source\.other: prompts file not found"):
         load_prompts({"other": tmp_path / "none.jsonl"}, "prompts.source")
+    second.write_text('{"prompt": "y", "task": "theirs"}\n')
+    with pytest.raises(UserError, match="prompt 'y' is of the task 'theirs' by its column"):
+        load_prompts({"both": second}, "prompts.source")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"name": "nft"}}, "put the modulator 'optimality' last"),
+        ({"modulators": [{"name": "optimality"}]}, "it belongs to 'nft'"),
+        (
+            {
+                "objective": {"name": "nft"},
+                "modulators": [{"name": "optimality"}, {"name": "drop_zero"}],
+            },
+            "put the modulator 'optimality' last",
+        ),
+        ({"advantage": {"name": "per_reward"}}, "has weight 0.5, but advantage 'per_reward'"),
+    ],
+)
+def test_parts_that_would_misread_each_other(tmp_path, changes, message):
+    terms = ["logp", "logp_ref", "implicit_positive", "implicit_negative"]
+    data = toy_config(tmp_path) | changes
+    data["backend"] = {"name": "toy.gauss", "terms": terms}
+    data["rewards"][0]["weight"] = 0.5
+    with pytest.raises(UserError, match=message):
+        refuse_unless_consistent(parse(data))
