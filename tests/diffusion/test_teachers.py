@@ -232,9 +232,7 @@ def test_mistakes_with_teachers(pipeline_folder, policies):
         make_student(pipeline_folder, [cats]).config.refuse_prompts(TASKS)
     with pytest.raises(UserError, match="cannot hold"):
         make_student(pipeline_folder, [cats, dogs], lora=None)
-    with pytest.raises(
-        UserError, match=r"no pytorch_lora_weights\.saf.* and holds no transf"
-    ):
+    with pytest.raises(UserError, match=r"no pytorch_lora_weights\.saf.* and holds no transf"):
         make_student(pipeline_folder, [cats | {"path": "nowhere"}, dogs])
     with pytest.raises((UserError, ValueError), match="need likelihood 'transition'"):
         make_config(pipeline_folder).model_validate(
