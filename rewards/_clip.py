@@ -25,7 +25,15 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 # open_clip takes OpenAI's own spellings, such as ViT-B/32; no other name of a model has a slash.
 NAME_WITH_SLASH = re.compile(r"ViT-[A-Za-z]+/\d+")
 # What open_clip, safetensors and torch raise on files that are missing, cut off or of another kind.
-LOAD_ERRORS = (RuntimeError, OSError, ValueError, TypeError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (
+    RuntimeError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 class ClipConfig(StrictModel):
@@ -153,4 +161,6 @@ def loaded(name: str, pretrained: str | None, device: torch.device) -> Clip:
         )
         return Clip(model, preprocess, open_clip.get_tokenizer(name), device)
     except LOAD_ERRORS as error:
-        raise UserError(f"open_clip cannot load {name!r} with {pretrained!r}: {error}") from error
+        # The type, because the text of a KeyError is but the key.
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"open_clip cannot load {name!r} with {pretrained!r}: {reason}") from error

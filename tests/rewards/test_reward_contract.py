@@ -18,9 +18,11 @@ BUILDABLE = [name for name in REWARDS if name != "python"]
 def test_shipped_rewards():
     assert REWARDS == [
         "clip_score",
+        "composition",
         "jpeg_compressibility",
         "jpeg_incompressibility",
         "ocr",
+        "preference",
         "python",
     ]
 
