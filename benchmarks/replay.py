@@ -163,7 +163,6 @@ def make_work(
             mask=mask,
             advantages=advantages,
             weights=torch.ones(samples, dtype=torch.float64),
-            first_decision=decisions.start,
         )
 
     return Work(
