@@ -402,20 +402,15 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pictures.byte().permute(0, 2, 3, 1).numpy()]
 
 
-def agreement(scores: Tensor, wanted: Tensor, least: float = 0.0) -> float:
-    """Part of the pairs in the same order, of those whose wanted values differ by more than least.
+def agreement(first: Tensor, second: Tensor, least: float = 0.0) -> float:
+    """Part of the pairs whose scores are in the order of their utilities.
 
-    Both are [N, 2], a pair in each row.
+    `first` and `second` [2, N]: scores and utilities of the two of each pair.  Pairs whose
+    utilities differ by no more than `least` do not count; equal scores are no order.
     """
-    difference = wanted[:, 0] - wanted[:, 1]
-    counted = difference.abs() > least
-    same = (scores[:, 0] - scores[:, 1]) * difference > 0
-    return round(same[counted].double().mean().item(), 4)
-
-
-def pairs(values: Tensor) -> Tensor:
-    """[N, 2] of [N]: each value beside the one half a round away."""
-    return torch.stack([values, values.roll(len(values) // 2)], 1)
+    score, wanted = first - second
+    counted = wanted.abs() > least
+    return round((score * wanted > 0)[counted].double().mean().item(), 4)
 
 
 def changed(look: Look, other: Look, factor: str) -> Look:
@@ -428,22 +423,25 @@ def held_out_agreement(score, layers: Layers, seed: int) -> dict:
     """How often the score prefers what is stated, by the kind of pair."""
     generator = torch.Generator().manual_seed(seed)
     look, other = random_look(layers, generator), random_look(layers, generator)
-    first, second = compose(layers, look), compose(layers, other)
-    a, b = ((score(to_images(pictures)), utility(grade)) for pictures, grade in (first, second))
-    redrawn = [torch.stack(part, 1) for part in zip(a, b, strict=True)]
+    judged = judge(score, layers, look)
+    shuffled = judged[:, torch.randperm(len(layers), generator=generator)]
     found = {
-        "any_two_pictures": agreement(pairs(a[0]), pairs(a[1]), CLEAR),
-        "any_two_pictures_with_close_ones": agreement(pairs(a[0]), pairs(a[1])),
-        "same_picture_redrawn": agreement(*redrawn, CLEAR),
+        "any_two_pictures": agreement(judged, shuffled, CLEAR),
+        "any_two_pictures_with_close_ones": agreement(judged, shuffled),
+        "same_picture_redrawn": agreement(judged, judge(score, layers, other), CLEAR),
     }
     for factor in FACTORS:
-        pictures, grade = compose(layers, changed(look, other, factor))
-        c = score(to_images(pictures)), utility(grade)
-        one = [torch.stack(part, 1) for part in zip(a, c, strict=True)]
+        again = judge(score, layers, changed(look, other, factor))
         # A third of the utility hangs on one factor.
-        found[f"same_picture_other_{factor}"] = agreement(*one, CLEAR / len(FACTORS))
-    error = (a[0] - a[1]).abs().mean().item()
+        found[f"same_picture_other_{factor}"] = agreement(judged, again, CLEAR / len(FACTORS))
+    error = (judged[0] - judged[1]).abs().mean().item()
     return found | {"mean_error_of_the_utility": round(error, 4)}
+
+
+def judge(score, layers: Layers, look: Look) -> Tensor:
+    """[2, N]: scores and utilities of the pictures."""
+    pictures, grade = compose(layers, look)
+    return torch.stack([score(to_images(pictures)), utility(grade)])
 
 
 def sweep(layers: Layers, factor: str, levels: Sequence[float], seed: int) -> list[Look]:
@@ -516,7 +514,7 @@ def checksums(folder: Path) -> dict:
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here / "tiny-preference")
     parser.add_argument("--seed", type=int, default=0)

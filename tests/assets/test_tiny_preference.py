@@ -177,11 +177,11 @@ def test_patterns_have_the_stated_strength():
 
 
 def test_agreement_counts_pairs():
-    wanted = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.52], [0.2, 0.9]])
-    scores = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.9, 0.1], [0.3, 0.3]])
-    # In order, the wrong way, the wrong way but close, and a tie, which is no preference.
-    assert build.agreement(scores, wanted) == 0.25
-    assert build.agreement(scores, wanted, 0.1) == pytest.approx(1 / 3, abs=1e-4)
+    # In order, the wrong way, the wrong way but close, and equal scores, which are no order.
+    first = torch.tensor([[0.9, 0.8, 0.9, 0.3], [1.0, 0.0, 0.50, 0.2]])
+    second = torch.tensor([[0.1, 0.7, 0.1, 0.3], [0.0, 1.0, 0.52, 0.9]])
+    assert build.agreement(first, second) == 0.25
+    assert build.agreement(first, second, 0.1) == pytest.approx(1 / 3, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the model
@@ -224,5 +224,5 @@ def test_reconstructions_are_judged_like_what_they_show(score, layers):
     before, after = (score(build.to_images(images)) for images in (pictures, rebuilt))
     # The autoencoder blurs edges, which costs contrast.
     assert (after - before).abs().mean() < before.std() / 2
-    wanted = build.pairs(build.utility(grade))
-    assert build.agreement(build.pairs(after), wanted, build.CLEAR) >= 0.93
+    judged = torch.stack([after, build.utility(grade)])
+    assert build.agreement(judged, judged.roll(len(layers) // 2, 1), build.CLEAR) >= 0.93
