@@ -111,7 +111,7 @@ class Pool:
     """What stands in the pre-training images of all tasks.
 
     `owner` [N]: the image's place in `prompts`.  `weight` [N]: how often an image is drawn; the
-    weights of each task have the same sum.
+    weights of each task sum to its part.
     """
 
     owner: torch.Tensor
@@ -129,7 +129,7 @@ def render_pools(tasks: Mapping[str, Task]) -> tuple[np.ndarray, Pool]:
         log(f"rendered {len(pictures)} images of {name}")
         images.append(pictures)
         owners.append(owner + len(prompts))
-        weights.append(weight / weight.sum())
+        weights.append(weight * (task.part / weight.sum()))
         prompts += [row["prompt"] for row in task.pretraining]
     owner, weight = (torch.from_numpy(np.concatenate(parts)) for parts in (owners, weights))
     return np.concatenate(images), Pool(owner, weight, prompts)

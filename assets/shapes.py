@@ -1,8 +1,9 @@
 """Render the small scenes of flat shapes of the composition task.
 
 One scene is 32x64 pixels: up to four circles, squares and triangles on a light background.  The
-prompt names shapes, counts, colours and places; size, position, rotation and background are left to
-the model's noise.  Objects never touch each other or the border.
+prompt names shapes, counts, colours and places; size, position and background are left to the
+model's noise.  Objects stand upright near the centres of a grid of cells and never touch each other
+or the border: a model of two million parameters learns such scenes in minutes on two cores.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMERALS = {1: "a", 2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
 
-RADII = {1: (5.0, 6.4), 2: (5.0, 6.0), 3: (4.8, 5.6), 4: (4.6, 5.2)}
-"""Number of objects in a scene -> range of the radius of a circle of an object's area, pixels."""
-MAX_ANGLE = math.radians(12)
+CELL = 16
+"""Width and height of a cell, pixels."""
+RADII = (4.8, 5.6)
+"""The two sizes: radius of a circle, of a square of its area, of a triangle somewhat smaller."""
+OFFSETS = (-0.5, 0.0, 0.5)
+"""Where the centre of an object's box may stand beside the centre of its cell, pixels."""
 MARGIN = 1.5
 """Least distance in pixels from the border."""
 GAP = 2.0
@@ -137,7 +141,7 @@ def _arranged(objects: Sequence[Placed], rng: random.Random) -> tuple[Placed, ..
     placed: list[Placed] = []
     for item in objects:
         for _ in range(20):
-            drawn = _drawn(item, RADII[len(objects)], rng)
+            drawn = _drawn(item, rng)
             if fits(drawn, placed):
                 placed.append(drawn)
                 break
@@ -146,14 +150,19 @@ def _arranged(objects: Sequence[Placed], rng: random.Random) -> tuple[Placed, ..
     return tuple(placed)
 
 
-def _drawn(item: Placed, radii: tuple[float, float], rng: random.Random) -> Placed:
+def _drawn(item: Placed, rng: random.Random) -> Placed:
+    """The object in a size, at a cell, with its box (not its centre of mass) in the middle."""
+    sized = replace(item, x=0.0, y=0.0, radius=rng.choice(RADII))
+    left, top, right, bottom = sized.box()
     return replace(
-        item,
-        x=rng.uniform(0, WIDTH),
-        y=rng.uniform(0, HEIGHT),
-        radius=rng.uniform(*radii),
-        angle=rng.uniform(-MAX_ANGLE, MAX_ANGLE),
+        sized,
+        x=_cell_centre(WIDTH, rng) + rng.choice(OFFSETS) - (left + right) / 2,
+        y=_cell_centre(HEIGHT, rng) + rng.choice(OFFSETS) - (top + bottom) / 2,
     )
+
+
+def _cell_centre(length: int, rng: random.Random) -> float:
+    return CELL * (rng.randrange(length // CELL) + 0.5)
 
 
 def fits(item: Placed, others: Sequence[Placed]) -> bool:

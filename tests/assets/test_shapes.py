@@ -95,12 +95,14 @@ def test_relation_is_drawn_as_said(relation):
 
 
 def test_layout_is_the_noise():
-    drawn = [random_scene(CROWD, None, random.Random(seed)) for seed in range(40)]
+    drawn = [random_scene(CROWD, None, random.Random(seed)) for seed in range(200)]
+    firsts = [scene.objects[0] for scene in drawn]
     assert {scene.background for scene in drawn} == set(textart.BACKGROUNDS)
-    for name in ("x", "y", "radius", "angle"):
-        assert len({getattr(scene.objects[0], name) for scene in drawn}) == 40
-    again = random_scene(CROWD, None, random.Random(7))
-    assert again == drawn[7]
+    assert {item.radius for item in firsts} == set(shapes.RADII)
+    # A square's centre is that of its box: 4 x 2 cells, three places beside the centre of each.
+    assert {item.x for item in firsts} == {8 + 16 * i + d for i in range(4) for d in shapes.OFFSETS}
+    assert {item.y for item in firsts} == {8 + 16 * i + d for i in range(2) for d in shapes.OFFSETS}
+    assert random_scene(CROWD, None, random.Random(7)) == drawn[7]
 
 
 def test_open_colour_is_one_for_all_objects_of_a_kind():
