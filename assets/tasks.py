@@ -18,8 +18,8 @@ class Task:
     """What pre-training needs to know of a task; a row is a prompt with its columns.
 
     `pretraining`: every row that may be trained on; `tuning`: those that reinforcement learning
-    gets; `held`: evaluation rows.  `part`: of all images drawn, relative to other tasks; `share`: of
-    those, each pre-training row's, relative to other rows.
+    gets; `held`: evaluation rows.  `part`: of all images drawn, relative to other tasks;
+    `share`: of those, each pre-training row's, relative to other rows.
     `pool`: renders images (N, 32, 64, 3) of the pre-training rows, with the row number of each.
     `render`: one random image of a row.  `correct`: which images show what their rows ask for.
     `criterion`: what `correct` means, in words.  `groups`: part of the held-out rows by name.

@@ -51,6 +51,11 @@ YARDSTICK, REFERENCE = "flow-grpo", "awm"
 SCORES = ("ocr_exact", "ocr_soft")
 ALSO = ("template", "diversity")
 SEARCH_BUDGET = 240.0
+SEARCH_PROMPTS = (
+    override("evaluation.source", "assets/prompts/ocr-train.jsonl"),
+    override("evaluation.samples_per_prompt", 1),
+)
+"""The search must not see the prompts of the report, so it is scored on those of training."""
 GRID_POINTS = 200
 START_TOLERANCE = 0.02
 """Of a score before training: another batch size may round a few pictures over an edge."""
@@ -99,7 +104,7 @@ def _search(options: argparse.Namespace) -> tuple[str, Path]:
             config=Path(RECIPES[trial.method]),
             folder=search.folder(options.runs, trial),
             seed=options.search_seed,
-            overrides=(*_shared(options), *trial.overrides),
+            overrides=(*_shared(options), *SEARCH_PROMPTS, *trial.overrides),
             budget=budget,
         )
         results.append(search.result(trial, ensure(job, fresh=options.fresh), SCORES[0], budget))

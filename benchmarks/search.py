@@ -108,7 +108,7 @@ def report(record: Mapping[str, Any]) -> str:
             f"Each method: learning rates {rates} times two values of one knob of its own, "
             f"{record['budget']:g} CPU-seconds of training for each setting, seed "
             f"{record['seed']}, which no other table uses. Score: {record['metric']} on the "
-            "held-out prompts when that time is spent, on a straight line between the evaluations "
+            "training prompts when that time is spent, on a straight line between the evaluations "
             "around it.",
             tables.markdown_table(["method", "setting", "steps", "score", ""], rows),
         ]

@@ -317,6 +317,8 @@ def test_search_trains_every_trial_with_the_same_budget_and_keeps_the_winner(
     given = ["--search", "--methods", "awm", "nft", "--runs", str(tmp_path), "--out", str(tmp_path)]
     assert methods.main([*given, "--budget", "15", "--every", "2"]) == 0
     assert {(job.budget, job.seed) for job in stubbed} == {(15.0, 100)}
+    scored_on = {str(job.settings.evaluation.source) for job in stubbed}
+    assert scored_on == {"assets/prompts/ocr-train.jsonl"}
     assert len({job.folder for job in stubbed}) == len(stubbed) == 12
     found = json.loads((tmp_path / search.RECORD).read_text())
     assert [trial["score"] for trial in found["trials"]] == pytest.approx([0.4] * 12)
