@@ -57,7 +57,7 @@ from assets.tiny_models import (
 )
 
 VAE_STEPS = 1500
-NUM_STEPS = 4000
+NUM_STEPS = 4500
 BATCH = 128
 LEARNING_RATE = 1.5e-3
 EMA_DECAY = 0.998
@@ -107,7 +107,7 @@ class Pool:
     """What stands in the pre-training images of all tasks.
 
     `owner` [N]: the image's place in `prompts`.  `weight` [N]: how often an image is drawn; the
-    weights of each task sum to its part.
+    weights of each task have the same sum.
     """
 
     owner: torch.Tensor
@@ -125,7 +125,7 @@ def render_pools(tasks: Mapping[str, Task]) -> tuple[np.ndarray, Pool]:
         log(f"rendered {len(pictures)} images of {name}")
         images.append(pictures)
         owners.append(owner + len(prompts))
-        weights.append(weight * (task.part / weight.sum()))
+        weights.append(weight / weight.sum())
         prompts += [row["prompt"] for row in task.pretraining]
     owner, weight = (torch.from_numpy(np.concatenate(parts)) for parts in (owners, weights))
     return np.concatenate(images), Pool(owner, weight, prompts)

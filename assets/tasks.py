@@ -18,8 +18,7 @@ class Task:
     """What pre-training needs to know of a task; a row is a prompt with its columns.
 
     `pretraining`: every row that may be trained on; `tuning`: those that reinforcement learning
-    gets; `held`: evaluation rows.  `part`: of all images drawn, relative to other tasks;
-    `share`: of those, each pre-training row's, relative to other rows.
+    gets; `held`: evaluation rows.  `share`: how often each pre-training row is drawn, relatively.
     `pool`: renders images (N, 32, 64, 3) of the pre-training rows, with the row number of each.
     `render`: one random image of a row.  `correct`: which images show what their rows ask for.
     `criterion`: what `correct` means, in words.  `groups`: part of the held-out rows by name.
@@ -29,7 +28,6 @@ class Task:
     pretraining: Rows
     tuning: Rows
     held: Rows
-    part: float
     share: np.ndarray
     pool: Callable[[], tuple[np.ndarray, np.ndarray]]
     render: Callable[[dict, random.Random], np.ndarray]
@@ -47,7 +45,6 @@ def ocr(seed: int) -> Task:
         pretraining=train,
         tuning=ocr_task.tuning_prompts(train, seed),
         held=held,
-        part=1,
         # Words are fewer and harder than numbers (more glyphs, less shared), so they are drawn more
         # often: about every second sign is a word.
         share=np.array([5.0 if row["kind"] == "word" else 1.0 for row in train]),
@@ -76,7 +73,6 @@ def composition(seed: int) -> Task:
         pretraining=rows.pretraining,
         tuning=rows.tuning,
         held=rows.evaluation,
-        part=2,  # scenes are learned more slowly than signs
         share=np.array(rows.share),
         pool=lambda: composition_task.render_pool(rows.pretraining, rows.share, seed),
         render=composition_task.render_row,
