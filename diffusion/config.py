@@ -10,30 +10,35 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag, model_validator
+from torch import Tensor
 
 from diffusion.kernels import Kernel
 from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
 from diffusion.schedule import Grid, Scheduler, sigma_grid
 from diffusion.steps import StepsConfig, StepTables
 from mmrl.errors import UserError
-from mmrl.prompts.dataset import TASK
 from mmrl.schema import StrictModel, nearest
 from mmrl.types import Prompt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_sampler(scheduler: str, grid: str, num_steps: int, section: str) -> None:
+def check_sampler(sampling: RolloutConfig, section: str) -> None:
     """Refuse combinations in which an integrator divides by zero or a grid does not exist."""
-    if scheduler == "sa_solver" and grid != "awm":
+    if sampling.scheduler == "sa_solver" and sampling.grid != "awm":
         raise UserError(
             f"{section}.scheduler = 'sa_solver' needs a grid that starts below sigma = 1, but "
-            f"rollout.grid = {grid!r}; allowed: 'awm'"
+            f"rollout.grid = {sampling.grid!r}; allowed: 'awm'"
         )
-    if grid == "awm" and num_steps < 2:
+    if sampling.grid == "awm" and sampling.num_steps < 2:
         raise UserError(
-            f"{section}.num_steps = {num_steps} is too few for rollout.grid = 'awm'; "
+            f"{section}.num_steps = {sampling.num_steps} is too few for rollout.grid = 'awm'; "
             "allowed: 2 or more"
+        )
+    if sampling.grid == "awm" and sampling.shift_terminal is not None:
+        raise UserError(
+            f"rollout.shift_terminal = {sampling.shift_terminal} with {section}.grid = 'awm', "
+            "which places its last level itself; allowed: null"
         )
 
 
@@ -125,6 +130,13 @@ class RolloutConfig(StrictModel):
         gt=0,
         description="Time shift s: s sigma / (1 + (s-1) sigma).",
     )
+    shift_terminal: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Last level above 0: the shifted ones are stretched to end there (Qwen-Image: "
+        "0.02). Null: no stretching.",
+    )
     height: int | None = Field(
         default=None,
         ge=1,
@@ -152,13 +164,18 @@ class RolloutConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
-        check_sampler(self.scheduler, self.grid, self.num_steps, "rollout")
+        check_sampler(self, "rollout")
         if self.noise_level and self.scheduler != "sa_solver":
             raise UserError(
                 f"rollout.noise_level = {self.noise_level} has no effect with rollout.scheduler = "
                 f"{self.scheduler!r}; allowed: 0, or rollout.scheduler = 'sa_solver'"
             )
         return self
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels [num_steps + 1] that a sample visits, float32, decreasing to 0."""
+        return sigma_grid(self.grid, self.num_steps, self.shift, self.shift_terminal)
 
 
 class EvaluationConfig(StrictModel):
@@ -297,11 +314,6 @@ def _name_of(likelihood: Any) -> str:
     return likelihood.name
 
 
-def task_of(prompt: Prompt) -> str:
-    """What its column ``task`` says, "" without one."""
-    return str(prompt.columns.get(TASK, ""))
-
-
 class TeacherConfig(StrictModel):
     """A frozen policy that the student is distilled from on the prompts of one task."""
 
@@ -340,8 +352,7 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        chosen = self.sampling(evaluation=True)
-        check_sampler(chosen.scheduler, chosen.grid, chosen.num_steps, "evaluation")
+        check_sampler(self.sampling(evaluation=True), "evaluation")
         if isinstance(self.likelihood, TransitionConfig):
             self._check_transition(self.likelihood)
         else:
@@ -371,10 +382,8 @@ class Config(StrictModel):
 
     def step_tables(self, likelihood: TransitionConfig) -> StepTables:
         """The transitions of a rollout; ``UserError`` for a noise level the kernel cannot take."""
-        rollout = self.rollout
-        sigmas = sigma_grid(rollout.grid, rollout.num_steps, rollout.shift)
         try:
-            return StepTables.of(likelihood.kernel, sigmas, likelihood.noise_level)
+            return StepTables.of(likelihood.kernel, self.rollout.sigmas, likelihood.noise_level)
         except UserError as error:
             raise UserError(f"likelihood.{error}") from None
 
@@ -400,7 +409,7 @@ class Config(StrictModel):
         """``UserError`` for a training prompt that no teacher is there for."""
         taught = [teacher.task for teacher in self.teachers]
         for prompt in prompts if taught else ():
-            task = task_of(prompt)
+            task = prompt.task
             if task not in taught:
                 raise UserError(
                     f"teachers: none has the task {task!r} of prompt {prompt.text!r}; "

@@ -123,7 +123,7 @@ class FlowMatching:
             likelihood.time_sampler,
             key.shared_generator("times", likelihood.times_shared_by),
             likelihood.num_times,
-            grid=sampling.grid_of(self._rollout)[:-1].tolist(),
+            grid=self._rollout.sigmas[:-1].tolist(),
             fraction=likelihood.timestep_fraction,
             shift=likelihood.shift,
         )

@@ -15,11 +15,6 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """Guided velocity of latents [B, ...] at levels [B], for the prompts of one batch."""
 
 
-def grid_of(sampling: RolloutConfig) -> Tensor:
-    """Noise levels [N + 1] that a rollout visits."""
-    return schedule.sigma_grid(sampling.grid, sampling.num_steps, sampling.shift)
-
-
 def initial_noise(keys: Sequence[NoiseKey], shape: Sequence[int], shared_by: str) -> Tensor:
     """Pure noise [B, *shape] on the CPU; ``shared_by``: "group" gives a prompt's samples one."""
     if shared_by == "group":
@@ -31,7 +26,7 @@ def integrate(
     keys: Sequence[NoiseKey], sampling: RolloutConfig, velocity: Velocity, latents: Tensor
 ) -> Tensor:
     """Clean latents [B, ...] float32 of initial ones, by the scheduler of ``sampling``."""
-    sigmas = grid_of(sampling)
+    sigmas = sampling.sigmas
     scheduler = schedule.build_scheduler(sampling.scheduler, sigmas, sampling.noise_level)
     generators = [key.generator("sampler") for key in keys]
     for index, sigma in enumerate(sigmas[:-1].tolist()):

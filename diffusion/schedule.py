@@ -21,18 +21,25 @@ NOISY_RANGE = (0.3, 0.9)
 """Noise levels between which sa_solver adds noise (AWM)."""
 
 
-def sigma_grid(name: Grid, num_steps: int, shift: float) -> Tensor:
+def sigma_grid(name: Grid, num_steps: int, shift: float, terminal: float | None = None) -> Tensor:
     """Noise levels [num_steps + 1], float32, decreasing to 0.
 
     ``diffusers_default``: what ``StableDiffusion3Pipeline`` uses; its scheduler shifts the end
     points of the linspace once more than the levels.  ``linspace_shifted``: linspace(1, 0) shifted
-    once.  ``awm``: the first, started at 1 - 1e-3, and its last level moved to half the one before
-    it, so that the last two steps both do work (official AWM code).
+    once, as the pipelines of FLUX and Qwen-Image do.  ``awm``: the first, started at 1 - 1e-3, and
+    its last level moved to half the one before it, so that the last two steps both do work
+    (official AWM code).
+
+    ``terminal``: the level above 0 at which the first two end; ``None``: wherever the shift puts
+    it.
     """
     if name == "linspace_shifted":
-        ramp = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        return shifted(ramp, shift).float()
-    levels = _diffusers_default(num_steps, shift)
+        levels = shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
+    else:
+        levels = _diffusers_default(num_steps, shift)
+    if terminal is not None:
+        assert name != "awm", "the configuration refuses this"
+        levels = _stretched(levels, terminal)
     if name == "awm":
         assert num_steps >= 2, "the configuration refuses this"
         levels[0] = 1 - 1e-3
@@ -45,6 +52,14 @@ def _diffusers_default(num_steps: int, shift: float) -> Tensor:
     lowest = float(shifted(lowest, shift))
     ramp = torch.linspace(1, lowest, num_steps, dtype=torch.float64)
     return torch.cat([shifted(ramp, shift), torch.zeros(1, dtype=torch.float64)])
+
+
+def _stretched(levels: Tensor, terminal: float) -> Tensor:
+    """``levels`` stretched about 1 until the last one above 0 is ``terminal``."""
+    if len(levels) == 2:
+        return levels  # it is 1, which stays where it is
+    above = 1 - (1 - levels[:-1]) * (1 - terminal) / (1 - levels[-2])
+    return torch.cat([above, levels[-1:]])
 
 
 def build_scheduler(name: Scheduler, sigmas: Tensor, noise_level: float = 0.0) -> Any:

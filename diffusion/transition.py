@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import noise, sampling
+from diffusion import noise
 from diffusion.config import DTYPES, Config, TransitionConfig
 from diffusion.decisions import Drawn, Rows, fold
 from diffusion.kernels import Kernel, cps_logp, transition_logp, transition_mean
@@ -64,7 +64,7 @@ class Transition:
 
     def __init__(self, config: Config, likelihood: TransitionConfig) -> None:
         self._likelihood = likelihood
-        self._sigmas = sampling.grid_of(config.rollout)
+        self._sigmas = config.rollout.sigmas
         self._tables = config.step_tables(likelihood)
         self._dtype = DTYPES[likelihood.state_dtype]
         self.num_decisions = likelihood.steps.count(self._tables)

@@ -6,16 +6,19 @@ resolved configurations: what a table does not say is free.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from diffusion.models.base import dynamic_shift, linspace_dynamic
-from diffusion.schedule import sigma_grid
+from diffusion.kernels import step_table
+from diffusion.models.base import dynamic_shift, scheduler_shift
 from mmrl.config import RunConfig, load, merged
 from mmrl.preflight import refuse_unless_consistent
 
@@ -165,6 +168,18 @@ checkpoint: {every: 30}
     ),
     "flux/flow-grpo-ocr": FLUX_FLOW_GRPO,
     "flux/grpo-guard-ocr": table(GUARD.format(clip="4.0e-6"), FLUX_FLOW_GRPO),
+    # Flow-GRPO, config/grpo.py: geneval_flux_fast; sampling as the card of FLUX.1 [schnell] says.
+    "flux/flow-grpo-schnell-ocr": table(
+        """
+backend:
+  model: {path: black-forest-labs/FLUX.1-schnell, max_sequence_length: 256}
+  rollout: {num_steps: 4, guidance: 1.0, shift: 1.0}
+  evaluation: {num_steps: 4, guidance: 1.0}
+  likelihood: {kernel: cps, noise_level: 0.8, steps: {select: all, noise: trained}}
+objective: {clip_low: 1.0e-5, clip_high: 1.0e-5}
+""",
+        FLUX_FLOW_GRPO,
+    ),
     # DanceGRPO, arXiv:2505.07818, finetune_flux_grpo.sh and train_grpo_flux.py.
     "flux/dance-grpo": table(
         """
@@ -227,7 +242,12 @@ backend:
         attn.add_k_proj, attn.add_v_proj, img_mlp.net.0.proj, img_mlp.net.2]
     gradient_checkpointing: true
     max_sequence_length: 256
-  rollout: {guidance: 4.0, batch_size: 4, shift: 1.6118}
+  rollout:
+    guidance: 4.0
+    batch_size: 4
+    grid: linspace_shifted
+    shift: 1.7137941
+    shift_terminal: 0.02
   evaluation: {num_steps: 50, guidance: 4.0}
   likelihood:
     noise_level: 1.2
@@ -251,6 +271,7 @@ SIZES = {
     "sd35/opd": (72, 9),
     "flux/flow-grpo-ocr": (1152, 5),
     "flux/grpo-guard-ocr": (1152, 5),
+    "flux/flow-grpo-schnell-ocr": (1152, 3),
     "flux/dance-grpo": (192, 9),
     "qwen_image/flow-grpo-ocr": (512, 2),
 }
@@ -269,8 +290,7 @@ def section(name: str) -> Any:
 
 def grid_of(name: str) -> Tensor:
     """Noise levels of its rollouts."""
-    rollout = section(name).rollout
-    return sigma_grid(rollout.grid, rollout.num_steps, rollout.shift)
+    return section(name).rollout.sigmas
 
 
 def trainable_steps(name: str) -> list[int]:
@@ -366,18 +386,40 @@ def test_dance_grpo_trains_three_fifths_of_all_steps_but_the_last():
 def test_flux_is_sampled_on_the_pipelines_grid(name):
     published = [1.0, 0.90374, 0.78970, 0.65249, 0.48422, 0.27300, 0.0]
     assert grid_of(name).tolist() == pytest.approx(published, abs=5.1e-6)
-    own = linspace_dynamic(6, dynamic_shift(1024))
-    assert grid_of(name).tolist() == pytest.approx(own.tolist(), abs=1e-6)
+    assert section(name).rollout.shift == pytest.approx(dynamic_shift(1024), rel=1e-6)
 
 
-def test_qwen_image_is_sampled_near_the_pipelines_grid():
-    """No grid stretches as the pipeline does; one with its shift alone is much farther away."""
-    shift = dynamic_shift(1024, 256, 8192, 0.5, 0.9)
-    own = linspace_dynamic(10, shift, terminal=0.02)
-    distance = (grid_of("qwen_image/flow-grpo-ocr") - own).abs()
-    assert distance[:6].max() < 0.0061
-    assert distance.max() < 0.0181
-    assert (sigma_grid("linspace_shifted", 10, shift) - own).abs().max() > 0.1
+def test_schnell_is_sampled_on_the_pipelines_grid():
+    """With the scheduler configuration that the model was released with."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4).tolist())
+    assert scheduler_shift(scheduler.config, 1024) is None
+    assert grid_of("flux/flow-grpo-schnell-ocr").tolist() == scheduler.sigmas.tolist()
+
+
+def test_schnell_adds_no_more_noise_than_a_level_has():
+    """Which the kernel and noise level of [dev] would do at its first step."""
+    name = "flux/flow-grpo-schnell-ocr"
+    after = grid_of(name)[1:]
+    config = section(name)
+    assert (config.step_tables(config.likelihood).noisy.std <= after).all()
+    dev = section("flux/flow-grpo-ocr").likelihood
+    other = step_table(dev.kernel, grid_of(name), dev.noise_level)
+    assert other.std[0] == pytest.approx(0.9)
+    assert other.std[0] > after[0]
+    assert trainable_steps(name) == [0, 1, 2]
+
+
+def test_qwen_image_is_sampled_on_the_pipelines_grid():
+    """With the scheduler configuration that the model was released with."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+    )
+    shift = scheduler_shift(scheduler.config, 1024)
+    assert shift is not None
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 10, 10).tolist(), mu=math.log(shift))
+    found = grid_of("qwen_image/flow-grpo-ocr")
+    assert found.tolist() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
 def test_teachers_keep_their_guidance():

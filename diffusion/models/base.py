@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion.attention import apply_attention
-from diffusion.likelihoods import shifted
 from mmrl.errors import UserError
 
 ENCODE_BATCH = 32
@@ -111,9 +110,9 @@ class Family(ABC):
         """Whether ``velocity`` is guided by its own input, so that guiding costs no second one."""
         return False
 
-    def use_attention(self, name: str) -> None:
-        """Make the transformer use a kernel of ``diffusion.attention``."""
-        apply_attention(self.transformer, name)
+    def use_attention(self, name: str, network: Any) -> None:
+        """Make ``network``, a transformer of this family, use a kernel of ``attention``."""
+        apply_attention(network, name)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> list[Condition]:
@@ -148,8 +147,9 @@ class Family(ABC):
 
     @property
     def shift_terminal(self) -> float | None:
-        """Last level above 0 to which the pipeline stretches its shifted grid, if it does."""
-        return self._pipeline.scheduler.config.get("shift_terminal")
+        """Level above 0 at which the pipeline's scheduler makes its grid end, if it does."""
+        # Some files say false, which means the same as null.
+        return self._pipeline.scheduler.config.get("shift_terminal") or None
 
     @abstractmethod
     def velocity(
@@ -268,17 +268,6 @@ def dynamic_shift(
     return math.exp(shift_exponent(length, base, max, base_shift, max_shift))
 
 
-def linspace_dynamic(num_steps: int, shift: float, terminal: float | None = None) -> Tensor:
-    """Noise levels [num_steps + 1], float32: linspace(1, 1/N, N) shifted once, then 0.
-
-    ``terminal``: the levels are stretched about 1 until the last one above 0 is this (Qwen-Image).
-    """
-    levels = shifted(torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64), shift)
-    if terminal is not None and num_steps > 1:
-        levels = 1 - (1 - levels) * ((1 - terminal) / (1 - levels[-1]))
-    return torch.cat([levels, levels.new_zeros(1)]).float()
-
-
 def scheduler_shift(scheduler: Mapping[str, Any], tokens: int) -> float | None:
     """The shift that diffusers derives from ``tokens``; ``None`` if it is a constant.
 
@@ -320,7 +309,7 @@ def locate(path: str, *, weights: bool) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        if not _is_hub_id(path):
+        if not is_hub_id(path):
             raise UserError(f"model.path = {path!r} does not exist (from {Path.cwd()})")
         folder = _download(path, weights)
     if not (folder / "model_index.json").is_file():
@@ -355,7 +344,8 @@ def vae_scale_factor(folder: Path) -> int:
     return 2 ** len(list(halvings))
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder names a model on a hub."""
     # assets/x looks like an id as well; where the first part is a folder, the path was meant.
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.exists()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,10 @@ class Flux(PackedFamily):
         """True for dev: it is distilled to take the guidance as an input."""
         return bool(self.transformer.config.guidance_embeds)
 
-    def use_attention(self, name: str) -> None:
-        """Make the transformer use a kernel of ``diffusion.attention``."""
+    def use_attention(self, name: str, network: Any) -> None:
+        """As for every family, through diffusers' dispatcher."""
         if name != "sdpa":  # diffusers' own choice already
-            self.transformer.set_attention_backend(DISPATCHED[name])
+            network.set_attention_backend(DISPATCHED[name])
 
     def encode_batch(self, prompts: list[str], max_sequence_length: int) -> Condition:
         """Token embeddings of T5 and the pooled one of CLIP.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class QwenImage(PackedFamily):
     PIPELINE = "QwenImagePipeline"
     TRANSFORMER = "QwenImageTransformer2DModel"
 
-    def use_attention(self, name: str) -> None:
+    def use_attention(self, name: str, network: Any) -> None:
         """``UserError`` for all but ``sdpa``.
 
         Padded prompts need a mask, which flash kernels lack; diffusers hands xformers the mask as

@@ -21,6 +21,12 @@ def parse(**sections):
     [
         ("rollout", {"scheduler": "sa_solver"}, r"sa_solver.*grid = 'diffusers_default'.*'awm'"),
         ("rollout", {"grid": "awm", "num_steps": 1}, r"num_steps = 1.*'awm'.*2 or more"),
+        (
+            "rollout",
+            {"grid": "awm", "shift_terminal": 0.02},
+            r"shift_terminal = 0.02.*rollout.grid = 'awm'.*null",
+        ),
+        ("rollout", {"shift_terminal": 1.0}, r"shift_terminal\n.*less than 1"),
         ("rollout", {"noise_level": 0.4}, r"noise_level = 0.4.*'euler'.*sa_solver"),
         ("rollout", {"guidance": 0.5}, r"guidance\n.*greater than or equal to 1"),
         ("rollout", {"scheduler": "eular"}, r"scheduler\n.*'euler', 'dpmpp_2m' or 'sa_solver'"),
@@ -55,6 +61,16 @@ def test_evaluation_takes_what_it_does_not_set_from_the_rollout():
     assert (sampling.num_steps, sampling.scheduler, sampling.grid) == (40, "euler", "awm")
     assert sampling.noise_level == 0
     assert config.sampling(evaluation=False) is config.rollout
+
+
+def test_a_last_level_holds_for_evaluation_too_and_not_for_the_grid_of_awm():
+    config = parse(
+        rollout={"grid": "linspace_shifted", "shift_terminal": 0.02}, evaluation={"num_steps": 40}
+    )
+    assert config.rollout.sigmas[-2].item() == pytest.approx(0.02)
+    assert config.sampling(evaluation=True).sigmas[-2].item() == pytest.approx(0.02)
+    with pytest.raises(ValidationError, match=r"shift_terminal = 0.02 with evaluation.grid"):
+        parse(rollout={"shift_terminal": 0.02}, evaluation={"grid": "awm"})
 
 
 @pytest.mark.parametrize(("dtype", "word"), [("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16")])

@@ -24,7 +24,6 @@ from diffusion.models.base import (
     Condition,
     Family,
     dynamic_shift,
-    linspace_dynamic,
     read_json,
     scheduler_shift,
     vae_scale_factor,
@@ -32,6 +31,7 @@ from diffusion.models.base import (
 from diffusion.models.flux import Flux, image_positions
 from diffusion.models.qwen_image import QwenImage
 from diffusion.noise import NoiseKey, normal
+from diffusion.schedule import sigma_grid
 from diffusion.weights import trainable
 from mmrl.config import load
 from mmrl.errors import UserError
@@ -122,8 +122,13 @@ def pipeline_grid(name, folder):
     """Settings for the noise levels that the plain pipeline visits at 16 pixels."""
     if name == "sd3":
         return {"grid": "diffusers_default", "shift": 3.0}
-    shift = scheduler_shift(read_json(folder, "scheduler", "scheduler_config.json"), 16)
-    return {"grid": "linspace_shifted", "shift": 1.0 if shift is None else shift}
+    scheduler = read_json(folder, "scheduler", "scheduler_config.json")
+    shift = scheduler_shift(scheduler, 16)
+    return {
+        "grid": "linspace_shifted",
+        "shift": scheduler["shift"] if shift is None else shift,
+        "shift_terminal": scheduler["shift_terminal"],
+    }
 
 
 def requests_for(*prompts, group_size=2):
@@ -144,8 +149,6 @@ def plain_pipeline(folder, name):
     absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3" else {}
     pipeline = kind.from_pretrained(str(folder), **absent)
     pipeline.set_progress_bar_config(disable=True)
-    # Stretching to a last level is compared by itself.
-    pipeline.scheduler.register_to_config(shift_terminal=None)
     return pipeline
 
 
@@ -453,12 +456,30 @@ def test_flux_recipe_is_on_the_pipelines_grid():
     assert rollout["shift"] == pytest.approx(dynamic_shift(1024), rel=1e-6)
 
 
+def test_schnell_recipe_runs_on_its_kind_of_model(folders):
+    """No input for guidance, four steps of which three are trained, and a replay that agrees."""
+    recipe = ROOT / "configs" / "diffusion" / "flux" / "flow-grpo-schnell-ocr.yaml"
+    small = ["model.dtype=fp32", "model.max_sequence_length=16", "rollout.height=16"]
+    small += [f"model.path={folders('flux-schnell')}", "rollout.width=16"]
+    config: Any = load(recipe, [f"backend.{override}" for override in small]).backend.config
+    needs = frozenset({"logp"})
+    backend = build(config, device=CPU, prompts=PROMPTS, seed=0, needs=needs)
+    assert [line for line in backend.notes if line.startswith("rollout.")] == []
+    group = next(backend.rollout(requests_for(PROMPTS[0])))
+    assert group.logp_old is not None
+    assert group.logp_old.shape == (2, 3)
+    logp = backend.evaluate(make_batch(backend, [group]), needs).logp
+    torch.testing.assert_close(logp, group.logp_old, rtol=0, atol=1e-6)
+    logp.mean().backward()
+    assert all(p.grad is not None for p in trainable(backend.model).values())
+
+
 def test_published_flux_grid():
     """512 pixels, 1024 tokens, 6 steps."""
     shift = dynamic_shift(1024)
     assert np.log(shift) == pytest.approx(0.63)
     published = [1, 0.90374, 0.78970, 0.65249, 0.48422, 0.27300, 0]
-    assert linspace_dynamic(6, shift).tolist() == pytest.approx(published, abs=6e-6)
+    assert sigma_grid("linspace_shifted", 6, shift).tolist() == pytest.approx(published, abs=6e-6)
     assert dynamic_shift(256) == pytest.approx(np.exp(0.5))
     assert dynamic_shift(4096) == pytest.approx(np.exp(1.15))
 
@@ -477,19 +498,30 @@ def test_dynamic_grids_are_diffusers(num_steps, kind, terminal):
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=mu)
     shift = scheduler_shift(scheduler.config, 1024)
     assert shift is not None
-    found = linspace_dynamic(num_steps, shift, terminal)
+    found = sigma_grid("linspace_shifted", num_steps, shift, scheduler.config.shift_terminal)
     torch.testing.assert_close(found, scheduler.sigmas, rtol=0, atol=3e-7)
 
 
-def test_one_dynamic_step_goes_all_the_way():
-    for terminal in (None, 0.02):
-        assert linspace_dynamic(1, 2.0, terminal).tolist() == [1, 0]
+def test_notes_name_what_the_pipeline_would_do_otherwise(make, name):
+    is_dynamic = name in ("flux-dev", "qwen-image")
+    terminal = 0.02 if name == "qwen-image" else None
+
+    def notes(**rollout):
+        return [line for line in make(name, rollout).notes if line.startswith("rollout.")]
+
+    assert notes() == []
+    assert [line.partition(":")[0] for line in notes(shift=5.0)] == ["rollout.shift"] * is_dynamic
+    other = notes(shift_terminal=None if terminal else 0.1)
+    ours, own = ("null", "0.02") if terminal else ("0.1", "null")
+    assert other == [f"rollout.shift_terminal: {ours}; the pipeline's own is {own}"]
 
 
 def test_the_shift_follows_the_scheduler(folders, name):
     family = family_of(name, folders)
     small, large = family.shift(16, 16), family.shift(32, 64)
     assert family.shift_terminal == (0.02 if name == "qwen-image" else None)
+    family._pipeline.scheduler.register_to_config(shift_terminal=False)
+    assert family.shift_terminal is None
     if name in ("sd3", "flux-schnell"):
         assert small is large is None
         return
@@ -543,9 +575,9 @@ def test_flux_attention_kernels_are_diffusers():
 
     chosen = []
     family = object.__new__(Flux)
-    family.transformer = SimpleNamespace(set_attention_backend=chosen.append)
+    network = SimpleNamespace(set_attention_backend=chosen.append)
     for kernel in KERNELS:
-        family.use_attention(kernel)
+        family.use_attention(kernel, network)
     assert chosen == ["xformers", "_native_flash"]
     assert all(AttentionBackendName(kernel) for kernel in chosen)
 
@@ -568,7 +600,7 @@ def test_flux_kernels_are_given_one_dtype(make, monkeypatch):
 
 def test_qwen_refuses_kernels_that_cannot_mask():
     family = object.__new__(QwenImage)
-    family.use_attention("sdpa")
+    family.use_attention("sdpa", None)
     for kernel in ("xformers", "flash"):
         with pytest.raises(UserError, match=rf"'{kernel}' cannot mask.*allowed: 'sdpa'"):
-            family.use_attention(kernel)
+            family.use_attention(kernel, None)

@@ -43,6 +43,28 @@ def test_diffusers_default_is_what_the_pipeline_scheduler_makes(num_steps, shift
     )
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [2, 10, 50])
+def test_a_grid_stretched_to_a_last_level_is_what_its_scheduler_makes(num_steps, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=0.02)
+    theirs.set_timesteps(num_steps)
+    ours = sigma_grid("diffusers_default", num_steps, shift, theirs.config.shift_terminal)
+    torch.testing.assert_close(ours, theirs.sigmas, rtol=0, atol=3e-7)
+    assert (ours - sigma_grid("diffusers_default", num_steps, shift)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["diffusers_default", "linspace_shifted"])
+def test_stretching_keeps_the_ends_and_the_proportions(name):
+    plain, stretched = (sigma_grid(name, 10, 3.0, terminal) for terminal in (None, 0.02))
+    assert stretched[[0, -1]].tolist() == [1, 0]
+    assert stretched[-2].item() == pytest.approx(0.02)
+    factors = (1 - stretched[1:-1]) / (1 - plain[1:-1])
+    torch.testing.assert_close(factors, factors[:1].expand(9))
+    assert sigma_grid(name, 1, 3.0, 0.02).tolist() == [1, 0]  # nothing to stretch
+
+
 def test_awm_grid_changes_exactly_two_levels():
     base, awm = (sigma_grid(name, 14, 3.0) for name in ("diffusers_default", "awm"))
     assert awm[0].item() == pytest.approx(0.999)
