@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import sampling
-from diffusion.attention import Availability, apply_attention, pick_attention
+from diffusion.attention import Availability, pick_attention
 from diffusion.config import DTYPES, Config, FlowMatchingConfig
 from diffusion.decisions import OTHER_POLICIES, Decisions, Rows
 from diffusion.estimate import describe, estimate_memory
@@ -25,7 +25,7 @@ from diffusion.lora import ADAPTER, adapters_off, prepare_weights
 from diffusion.matching import CleanLatents, FlowMatching
 from diffusion.models.base import Condition, locate, quiet_libraries
 from diffusion.noise import NoiseKey
-from diffusion.teachers import Teachers
+from diffusion.teachers import Teachers, compare_with_runs
 from diffusion.transition import Transition
 from diffusion.weights import (
     Snapshot,
@@ -59,7 +59,7 @@ class DiffusionBackend:
         self.config = config
         self.attention = attention
         kernel = f"attention: {attention.name} ({attention.reason})"
-        self.notes = (kernel, *_shift_note(config, family))
+        self.notes = (kernel, *_grid_notes(config, family))
         self.model: nn.Module = family.transformer
         self.off_policy = config.likelihood.behaviour == "ema"
         self._bare: Any = family.transformer
@@ -166,10 +166,13 @@ class DiffusionBackend:
         }
 
     def load_auxiliary_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of ``auxiliary_state``; ``ValueError`` if a copy is missing or unknown."""
+        """Inverse of ``auxiliary_state``; ``ValueError`` if a copy is missing.
+
+        What this backend does not hold, since it was built with fewer ``needs``, is left out.
+        """
         self._take_copies()
         found = {key.split(":", 1)[0] for key in state}
-        if found != self._copies.keys():
+        if not self._copies.keys() <= found:
             raise ValueError(f"saved copies {sorted(found)}, expected {sorted(self._copies)}")
         for copy, snapshot in self._copies.items():
             prefix = f"{copy}:"
@@ -340,11 +343,13 @@ def build(
 ) -> DiffusionBackend:
     """Load the pipeline, encode all ``prompts`` once, free the encoders, prepare the weights.
 
-    ``needs``: terms that ``evaluate`` will be asked for; unneeded copies of weights are not kept.
-    ``seed`` starts the adapter.  ``UserError`` for a missing model or an attention kernel that does
-    not run on ``device``.
+    ``needs``: terms that ``evaluate`` will be asked for; copies of weights and teachers that these
+    do not need are not kept.  ``seed`` starts the adapter.  ``UserError`` for a missing model, a
+    teacher that is missing or does not fit, or an attention kernel that does not run on ``device``.
     """
     quiet_libraries()
+    is_taught = bool(config.teachers) and "mean_gap_teacher" in needs
+    warnings = compare_with_runs(config) if is_taught else []
     folder = locate(config.model.path, weights=True)
     dtype = DTYPES[config.model.dtype]
     attention = pick_attention(config.model.attention, device, dtype)
@@ -355,22 +360,29 @@ def build(
     conditions = _encode(family, prompts, config)
     family.release_encoders()
     prepare_weights(family.transformer, config.model, family_module.LORA_TARGETS, seed)
-    teachers = Teachers.load(config, family, prompts) if config.teachers else None
-    family.use_attention(attention.name)
-    for network in teachers.networks if teachers else ():
-        apply_attention(network, attention.name)
-    return DiffusionBackend(
+    teachers = Teachers.load(config, family, prompts) if is_taught else None
+    for network in (family.transformer, *(teachers.networks if teachers else ())):
+        family.use_attention(attention.name, network)
+    backend = DiffusionBackend(
         config, family, conditions, needs=needs, attention=attention, teachers=teachers
     )
+    backend.notes = (*backend.notes, *warnings)
+    return backend
 
 
-def _shift_note(config: Config, family: Any) -> list[str]:
-    """A line where the pipeline would derive another time shift from the size of the image."""
-    rollout = config.rollout
+def _grid_notes(config: Config, family: Any) -> list[str]:
+    """Lines where the pipeline's scheduler would make another grid for this size of image."""
+    rollout, notes = config.rollout, []
     own = family.shift(rollout.height, rollout.width)
-    if own is None or abs(own - rollout.shift) < 1e-3 * own:
-        return []
-    return [f"rollout.shift: {rollout.shift:g}; the pipeline's own for this size is {own:.5g}"]
+    if own is not None and abs(own - rollout.shift) >= 1e-3 * own:
+        notes.append(
+            f"rollout.shift: {rollout.shift:g}; the pipeline's own for this size is {own:.5g}"
+        )
+    terminals = rollout.shift_terminal, family.shift_terminal
+    if terminals[0] != terminals[1]:
+        ours, own = ("null" if level is None else f"{level:g}" for level in terminals)
+        notes.append(f"rollout.shift_terminal: {ours}; the pipeline's own is {own}")
+    return notes
 
 
 def _decisions(config: Config) -> Decisions:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from diffusion.config import DTYPES, Config, FlowMatchingConfig
-from diffusion.lora import LORA_FILE, add_lora, teacher_folder, weights_folder
+from diffusion.lora import LORA_FILE, adapter_size, add_lora, teacher_folder, weights_folder
 from diffusion.models.base import locate, read_json, vae_scale_factor
+from diffusion.teachers import compare_with_runs
 from diffusion.weights import trainable
 from mmrl.resolve import resolve
 
@@ -49,7 +50,7 @@ def outline(config: Config) -> Outline:
 
 
 def describe(config: Config) -> list[str]:
-    """Lines for ``mmrl check``; ``UserError`` for adapters and teachers that are not there."""
+    """Lines for ``mmrl check``; ``UserError`` for adapters and teachers that cannot be used."""
     refuse_missing_weights(config)
     model, lora, rollout = config.model, config.model.lora, config.rollout
     sizes = outline(config)
@@ -60,6 +61,7 @@ def describe(config: Config) -> list[str]:
         "latents: {} x {} x {}".format(*sizes.latents),
         f"rollout: {rollout.scheduler}, {rollout.num_steps} steps, guidance {rollout.guidance:g}",
         *describe_likelihood(config),
+        *compare_with_runs(config),
     ]
 
 
@@ -88,9 +90,9 @@ def describe_likelihood(config: Config) -> list[str]:
 
 def estimate_memory(config: Config) -> dict[str, float]:
     """Bytes of ``weights`` (the transformer), ``gradients_and_optimizer`` (AdamW), the float32
-    ``copies_of_trained_weights``, the ``autoencoder``, the ``text_encoders`` (freed before training
-    starts), and roughly ``activations_per_decision``: of one row of a micro-batch.  Of one process
-    that shares nothing with others.
+    ``copies_of_trained_weights``, the ``teachers`` where there are any, the ``autoencoder``, the
+    ``text_encoders`` (freed before training starts), and roughly ``activations_per_decision``: of
+    one row of a micro-batch.  Of one process that shares nothing with others.
     """
     sizes = outline(config)
     width = torch.empty((), dtype=DTYPES[config.model.dtype]).element_size()
@@ -101,6 +103,7 @@ def estimate_memory(config: Config) -> dict[str, float]:
         "weights": float(frozen + sizes.trained * 4),
         "gradients_and_optimizer": float(sizes.trained * 4 * 3),
         "copies_of_trained_weights": float(sizes.trained * 4 * _copies(config)),
+        **({"teachers": float(_teachers(config, width))} if config.teachers else {}),
         "autoencoder": float(_parameters(folder, "vae") * width),
         "text_encoders": float(sum(_parameters(folder, name) for name in encoders) * width),
         "activations_per_decision": _activations(config, sizes, width),
@@ -115,6 +118,17 @@ def _copies(config: Config) -> int:
     """
     average = config.likelihood.evaluation_ema_decay is not None
     return 2 + average + (config.model.lora is None)
+
+
+def _teachers(config: Config, width: int) -> int:
+    """Bytes of frozen adapters, which are float32, and of networks, held like the student's own."""
+    family, total = resolve("models", config.model.family), 0
+    for folder in map(teacher_folder, config.teachers):
+        if (folder / LORA_FILE).is_file():
+            total += adapter_size(folder) * 4
+        else:
+            total += family.parameter_count(folder) * (width if config.model.lora else 4)
+    return total
 
 
 def _parameters(folder: Path, part: str) -> int:

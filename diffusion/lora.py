@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,12 @@ def teacher_folder(teacher: TeacherConfig) -> Path:
         return weights_folder(path, LORA_FILE, where)
     except UserError as missing:
         return weights_folder(path, "transformer", f"{missing}, and")
+
+
+def adapter_size(folder: Path) -> int:
+    """Numbers in the adapter in ``folder``, from the head of its file."""
+    with safe_open(folder / LORA_FILE, framework="pt") as file:
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
 
 
 def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.config import Config, TeacherConfig, task_of
+from diffusion.config import Config, TeacherConfig
 from diffusion.decisions import Rows
 from diffusion.lora import LORA_FILE, adapter_active, load_frozen, teacher_folder
+from diffusion.models.base import is_hub_id
 from diffusion.noise import NoiseKey
+from mmrl.config import read_yaml
 from mmrl.errors import UserError
+from mmrl.run_folder import CONFIG
+from mmrl.schema import validate
 from mmrl.sharding import is_split
 from mmrl.types import Prompt
 
@@ -48,7 +52,7 @@ class Teachers:
     @staticmethod
     def load(config: Config, family: Any, prompts: Sequence[Prompt]) -> Teachers:
         """``UserError`` for a teacher that is not there or does not fit."""
-        tasks = {prompt.id: task_of(prompt) for prompt in prompts}
+        tasks = {prompt.id: prompt.task for prompt in prompts}
         teachers = {}
         for number, teacher in enumerate(config.teachers):
             teachers[teacher.task] = _load(teacher, f"teacher{number}", config, family)
@@ -101,3 +105,85 @@ def _load_network(folder: Path, family: Any) -> nn.Module:
     student = family.transformer
     network = type(student).from_pretrained(folder / "transformer", torch_dtype=student.dtype)
     return network.to(family.device).requires_grad_(False).eval()
+
+
+# What the runs that made the teachers say of them.
+
+GRID = ("grid", "shift", "shift_terminal")
+"""Settings of a rollout that choose the noise levels at which a policy is asked."""
+
+
+def compare_with_runs(config: Config) -> list[str]:
+    """A warning for each setting in which a teacher's own run differs from its use here.
+
+    ``UserError`` for a teacher that is not there, and for an adapter trained on another model.
+    Nothing is known of a teacher that is not in a run folder.
+    """
+    lines = []
+    for number, teacher in enumerate(config.teachers):
+        where = f"teachers[{number}] ({teacher.path})"
+        folder = teacher_folder(teacher)
+        run = folder.resolve().parent
+        if folder.resolve().name != "final" or not (run / CONFIG).is_file():
+            continue
+        try:
+            recorded = _recorded(run)
+        except UserError as error:
+            reason = str(error).splitlines()[0]
+            lines.append(f"{where}: not compared with its own run, {CONFIG} of which says {reason}")
+            continue
+        if (folder / LORA_FILE).is_file():
+            _refuse_other_model(where, config.model.path, recorded.model.path)
+        lines += [f"{where}: {line}" for line in _differences(config, teacher, recorded)]
+    return [f"warning: {line}" for line in lines]
+
+
+def _recorded(run: Path) -> Config:
+    """The backend section that a run was made with; ``UserError`` if it cannot be read as one."""
+    section = read_yaml(run / CONFIG).get("backend")
+    own = {k: v for k, v in section.items() if k != "name"} if isinstance(section, dict) else None
+    return validate(Config, own, "backend")
+
+
+def _differences(config: Config, teacher: TeacherConfig, recorded: Config) -> list[str]:
+    """What the teacher's velocities depend on and is not as in its own run."""
+    ours, theirs = config.rollout, recorded.rollout
+    pairs = [("guidance", teacher.guidance, "rollout.guidance", theirs.guidance)]
+    for name in GRID:
+        key = f"rollout.{name}"
+        pairs.append((key, getattr(ours, name), key, getattr(theirs, name)))
+    lines = [
+        f"{key} = {_text(here)}, but its own run had {their_key} = {_text(there)}"
+        for key, here, their_key, there in pairs
+        if here != there
+    ]
+    if not _same_folder(config.model.path, recorded.model.path):
+        lines.append(_paths(config.model.path, recorded.model.path))
+    return lines
+
+
+def _refuse_other_model(where: str, ours: str, theirs: str) -> None:
+    """``UserError`` if an adapter belongs to another model for certain.
+
+    A folder may hold what is also on a hub, and one that is not there may have been moved.
+    """
+    both = (ours, theirs)
+    certain = all(Path(path).is_dir() for path in both) or all(map(is_hub_id, both))
+    if certain and not _same_folder(ours, theirs):
+        raise UserError(
+            f"{where} is an adapter of another model: {_paths(ours, theirs)}; allowed: an adapter "
+            "that was trained on this model"
+        )
+
+
+def _same_folder(ours: str, theirs: str) -> bool:
+    return ours == theirs or Path(ours).resolve() == Path(theirs).resolve()
+
+
+def _paths(ours: str, theirs: str) -> str:
+    return f"model.path = {ours!r}, but its own run had model.path = {theirs!r}"
+
+
+def _text(value: Any) -> str:
+    """A setting as YAML says it."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -70,8 +70,14 @@ class Session:
         return self.accelerator.is_main_process
 
 
-def open_session(config: RunConfig, extra: Sequence[Prompt] = (), **options: Any) -> Session:
-    """Check the configuration, then load the model; cheap refusals come before slow loading."""
+def open_session(
+    config: RunConfig, extra: Sequence[Prompt] = (), *, trains: bool = True, **options: Any
+) -> Session:
+    """Check the configuration, then load the model; cheap refusals come before slow loading.
+
+    ``extra``: prompts beside those of the configuration.  Without ``trains`` the backend only
+    draws, and holds nothing of what a loss compares the policy with.
+    """
     preflight.refuse_unless_consistent(config)
     training, evaluation = preflight.load_prompt_sets(config)
     section = config.backend.config
@@ -82,7 +88,7 @@ def open_session(config: RunConfig, extra: Sequence[Prompt] = (), **options: Any
         device=accelerator.device,
         prompts=[*training, *evaluation, *extra],
         seed=config.seed,
-        needs=needs_of(config),
+        needs=needs_of(config) if trains else frozenset(),
     )
     return Session(
         config=config,
@@ -210,7 +216,7 @@ def evaluate(config: RunConfig, *, run: Path | None = None) -> dict[str, float]:
     """Evaluation metrics of a run's last checkpoint, or of the untrained model of ``config``."""
     if config.evaluation.source is None:
         raise UserError("evaluation.source: required to evaluate, but not set")
-    session = open_session(config)
+    session = open_session(config, trains=False)
     _load_last(session, run)
     with Scorer(config.evaluation.rewards or config.rewards) as judge:
         result = evaluate_held_out(
@@ -224,7 +230,7 @@ def sample(run: Path, prompts: Sequence[str], *, count: int, seed: int) -> list[
     """``count`` outputs for each prompt from the averaged weights of a run's last checkpoint."""
     config = load_run_config(run)
     wanted = [Prompt(id=content_id(text, {}), text=text) for text in prompts]
-    session = open_session(config, wanted)
+    session = open_session(config, wanted, trains=False)
     _load_last(session, run)
     requests = make_requests(wanted, count, seed, EVALUATION_STREAM)
     with session.backend.averaged():

@@ -487,6 +487,11 @@ def test_auxiliary_state_survives_a_checkpoint(make, lora):
     assert torch.equal(a.velocity_gap_ema, b.velocity_gap_ema)
     with pytest.raises(ValueError, match=r"saved copies \['ema'\]"):
         other.load_auxiliary_state({k: v for k, v in saved.items() if k.startswith("ema")})
+    drawing = make(lora=lora, likelihood=likelihood, needs=())
+    drawing.load_auxiliary_state(saved)
+    kept = drawing.auxiliary_state()
+    assert {name.split(":")[0] for name in kept} == {"average"}
+    assert all(torch.equal(value, saved[key]) for key, value in kept.items())
 
 
 def test_velocity_norm_metrics_leave_padding_out(make):

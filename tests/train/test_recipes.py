@@ -13,7 +13,7 @@ import torch
 from toy.run import ROOT, column, metrics_of, python, weights_of
 
 from mmrl.config import load, read_yaml
-from mmrl.runner import train
+from mmrl.runner import evaluate, load_run_config, sample, train
 
 RECIPES = sorted((ROOT / "configs" / "diffusion" / "tiny-sd3").glob("*.yaml"))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -101,3 +101,14 @@ def test_two_processes_equal_one(recipe, teacher, unbroken, tmp_path):
     for name in first:
         # Sums of float32 in another order, which the second update carries on.
         assert other[name] == pytest.approx(first[name], rel=5e-3, abs=1e-4), name
+
+
+def test_a_student_draws_and_is_judged_without_its_teachers(teacher, tmp_path):
+    recipe = ROOT / "configs" / "diffusion" / "tiny-sd3" / "opd-student.yaml"
+    run = train(load(recipe, short(recipe, tmp_path, teacher, "training.num_steps=1")))
+    drawn = [image.tobytes() for image in sample(run, ["a cat"], count=2, seed=0)[0]]
+    record = run / "config.yaml"
+    record.write_text(record.read_text().replace(str(teacher), "gone"))
+    assert [image.tobytes() for image in sample(run, ["a cat"], count=2, seed=0)[0]] == drawn
+    found = evaluate(load_run_config(run), run=run)
+    assert found == {key: value for key, value in metrics_of(run)[-1].items() if "eval/" in key}
