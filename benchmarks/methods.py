@@ -18,20 +18,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import gold, search, tables
+from benchmarks import bands, gold, search, tables
 from benchmarks.runs import (
     Job,
     Point,
     Run,
+    costs,
     crossing,
     ensure,
     mean_and_std,
     override,
-    score_at,
+    starts_apart,
     stop_when_terminated,
 )
 from mmrl.charts import SERIES_COLOURS
@@ -56,9 +56,6 @@ SEARCH_PROMPTS = (
     override("evaluation.samples_per_prompt", 1),
 )
 """The search must not see the prompts of the report, so it is scored on those of training."""
-GRID_POINTS = 200
-START_TOLERANCE = 0.02
-"""Of a score before training: another batch size may round a few pictures over an edge."""
 
 Record = dict[str, Any]
 
@@ -165,33 +162,10 @@ def figures(runs: Mapping[tuple[str, int], Run]) -> list[Record]:
     return records
 
 
-def costs(run: Run) -> Record:
-    """Steps and seconds of training, and CPU-seconds of everything else."""
-    trained = sum(row.get("time/cpu", 0.0) for row in run.rows)
-    last = run.points[-1]
-    return {
-        "failed": run.failed,
-        "steps": last.step,
-        "train_cpu": last.cpu,
-        "train_wall": last.wall,
-        "cpu_per_step": last.cpu / last.step if last.step else None,
-        "other_cpu": sum(piece.cpu for piece in run.pieces) - trained,
-    }
-
-
 def odd_starts(runs: Mapping[tuple[str, int], Run]) -> list[str]:
-    """Runs whose scores before training are not those of the first run.
-
-    The network, the prompts and the noise of that evaluation are the same for all, so a difference
-    means that a recipe changes how pictures are evaluated, and that its scores compare to nothing.
-    """
-    scores = {f"{m} seed {s}": run.points[0].scores for (m, s), run in runs.items()}
-    first = next(iter(scores.values()))
-    return [
-        name
-        for name, found in scores.items()
-        if any(abs(found[key] - first[key]) > START_TOLERANCE for key in SCORES)
-    ]
+    """Runs whose scores before training are not those of the first run."""
+    named = {f"{method} seed {seed}": run for (method, seed), run in runs.items()}
+    return starts_apart(named, SCORES)
 
 
 def final(run: Run, name: str) -> float | None:
@@ -225,16 +199,6 @@ def speed(
         f"{name}_wall": mine and mine.wall,
         f"{name}_ratio": mine.cpu / theirs.cpu if mine and theirs and theirs.cpu else None,
     }
-
-
-def band(runs: Sequence[Run], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of several runs at common times: CPU-seconds [T] and scores [runs, T].
-
-    As far as the shortest run goes, on straight lines between evaluations.
-    """
-    end = min(run.points[-1].cpu for run in runs)
-    times = np.linspace(0.0, end, GRID_POINTS)
-    return times, np.array([[score_at(run.points, name, t) for t in times] for run in runs])
 
 
 # Report
@@ -382,11 +346,8 @@ def plot(runs: Mapping[tuple[str, int], Run]) -> Figure:
     methods = list(dict.fromkeys(method for method, _ in runs))
     for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
         for method, colour in zip(methods, SERIES_COLOURS, strict=False):
-            times, scores = band([run for (m, _), run in runs.items() if m == method], name)
-            axes.plot(times, scores.mean(axis=0), color=colour, label=method)
-            axes.fill_between(
-                times, scores.min(axis=0), scores.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            paths = [run.points for (m, _), run in runs.items() if m == method]
+            bands.draw(axes, paths, name, colour, method)
         axes.set(xlabel="CPU-seconds of training", title=f"held-out {name}")
         axes.grid(alpha=0.3)
     figure.axes[0].legend(loc="lower right")

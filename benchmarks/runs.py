@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ INTERRUPTED = 130
 ENDLESS = 1_000_000
 PIECES = "pieces.json"
 NUM_STEPS = "training.num_steps"
+START_TOLERANCE = 0.02
+"""Of a score before training: another batch size may round a few pictures over an edge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +196,36 @@ def ensure(job: Job, *, fresh: bool = False) -> Run:
         shutil.rmtree(job.folder)
     refuse_other_settings(job)
     if not is_finished(job):
-        _train(job)
+        _train(job, is_finished)
     return read(job)
+
+
+def ensure_exported(job: Job) -> Run:
+    """As ``ensure``, for a job with a budget whose adapter is wanted, in ``final/``.
+
+    The run ends as near to the budget as whole steps allow, not at an evaluation.  Its last step is
+    evaluated, so the last point tells what the adapter does and what it cost.
+    """
+    refuse_other_settings(job)
+    if not (is_exported(job) or _failed(job.folder)):
+        if not _is_spent(job):
+            _train(job, _is_spent)
+        if not _failed(job.folder):
+            _train(_last_step(job), is_exported)
+    rows = read_metrics(job.folder / METRICS)
+    return Run(
+        job=job,
+        points=curve(rows),
+        rows=rows,
+        pieces=_pieces(job.folder),
+        failed=not is_exported(job),
+    )
+
+
+def is_exported(job: Job) -> bool:
+    """Whether the last command came to the end of its run, where it exports."""
+    pieces = _pieces(job.folder)
+    return bool(pieces) and pieces[-1].status == 0
 
 
 def is_finished(job: Job) -> bool:
@@ -245,12 +275,31 @@ def stop_when_terminated() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def _train(job: Job) -> None:
+def _train(job: Job, ended: Callable[[Job], bool]) -> None:
+    """Run the command of a job until its end, or until it failed."""
     with _command(job) as process:
-        _wait(process, job)
-    if not is_finished(job):
+        _wait(process, job, ended)
+    if not (ended(job) or _failed(job.folder)):
         status = process.returncode
         raise SystemExit(f"{job.folder.name}: training ended with {status} before its end")
+
+
+def _is_spent(job: Job) -> bool:
+    """Whether two more steps use up the budget: the one under way, and the last one."""
+    steps = [row["time/cpu"] for row in _steps(job)]
+    return bool(steps) and sum(steps) + 2 * steps[-1] >= (job.budget or 0.0)
+
+
+def _last_step(job: Job) -> Job:
+    """The same run, which now ends by itself after one step more."""
+    done = _steps(job)[-1]["step"]
+    overrides = (*job.overrides, override(NUM_STEPS, done + 1))
+    return replace(job, budget=None, overrides=overrides)
+
+
+def _steps(job: Job) -> list[Row]:
+    """Metrics of the training steps of a job."""
+    return [row for row in read_metrics(job.folder / METRICS) if "time/cpu" in row]
 
 
 @contextmanager
@@ -272,10 +321,10 @@ def _command(job: Job) -> Iterator[subprocess.Popen[bytes]]:
             (job.folder / PIECES).write_text(json.dumps(pieces, indent=1), encoding="utf-8")
 
 
-def _wait(process: subprocess.Popen[bytes], job: Job) -> None:
-    """Until the command ends, or the budget is spent and evaluated."""
+def _wait(process: subprocess.Popen[bytes], job: Job, ended: Callable[[Job], bool]) -> None:
+    """Until the command ends, or what its budget is for is done."""
     while process.poll() is None:
-        if job.budget is not None and job.wanted(_points(job))[1]:
+        if job.budget is not None and ended(job):
             return
         time.sleep(POLL_SECONDS)
 
@@ -362,6 +411,35 @@ def score_at(points: Sequence[Point], name: str, cpu: float) -> float:
 # Small things that the experiments share
 
 
+def costs(run: Run) -> dict[str, Any]:
+    """Steps and seconds of training, and CPU-seconds of everything else."""
+    trained = sum(row.get("time/cpu", 0.0) for row in run.rows)
+    last = run.points[-1]
+    return {
+        "failed": run.failed,
+        "steps": last.step,
+        "train_cpu": last.cpu,
+        "train_wall": last.wall,
+        "cpu_per_step": last.cpu / last.step if last.step else None,
+        "other_cpu": sum(piece.cpu for piece in run.pieces) - trained,
+    }
+
+
+def starts_apart(runs: Mapping[str, Run], names: Sequence[str]) -> list[str]:
+    """Runs, by title, whose scores ``names`` before training are not those of the first run.
+
+    The network, the prompts and the noise of that evaluation are the same for all, so a difference
+    means that a recipe changes how pictures are evaluated, and that its scores compare to nothing.
+    """
+    scores = {title: run.points[0].scores for title, run in runs.items()}
+    first = next(iter(scores.values()))
+    return [
+        title
+        for title, found in scores.items()
+        if any(abs(found[name] - first[name]) > START_TOLERANCE for name in names)
+    ]
+
+
 def override(key: str, value: Any) -> str:
     """``key=value`` as the command line takes it."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
@@ -373,5 +451,5 @@ def mean_and_std(values: Sequence[float | None], form: str) -> str:
     found = tables.spread(values)
     if found is None:
         return tables.ABSENT
-    mean, std = tables.cell(found.mean, form), tables.cell(found.std, form)
+    mean, std = tables.cell(found.mean, form), tables.cell(found.std, form.removeprefix("+"))
     return mean if std == tables.ABSENT else f"{mean} ± {std}"

@@ -12,8 +12,8 @@ from mmrl.backend import Backend
 from mmrl.config import RunConfig
 from mmrl.distributed import deal, gather_items
 from mmrl.trainer import assemble, collect_scores, make_requests
-from mmrl.types import Prompt, RolloutGroup, Scores
-from rewards.combine import Scorer
+from mmrl.types import Prompt, RolloutGroup
+from rewards.combine import GroupScores, Scorer
 
 # No training step has this number, so evaluation noise never coincides with training noise.
 EVALUATION_STREAM = -1
@@ -47,10 +47,10 @@ def evaluate_held_out(
             scorer.submit(group)
             if share.index in wanted:
                 shown.append(replace(group, payload=None))
-    scores = assemble(collect_scores(accelerator, scorer))
+    collected = collect_scores(accelerator, scorer)
     everything = gather_items(accelerator, shown)
     return Evaluation(
-        metrics=_means(scores),
+        metrics=_means(collected),
         shown=sorted(everything, key=lambda group: group.request.index),
     )
 
@@ -61,12 +61,17 @@ def spread(count: int, wanted: int) -> frozenset[int]:
     return frozenset(i * count // wanted for i in range(wanted))
 
 
-def _means(scores: Scores) -> dict[str, float]:
-    """Mean of each judge over the samples it could judge, and how many it could not, if any."""
+def _means(collected: Sequence[GroupScores]) -> dict[str, float]:
+    """Mean of each judge over the samples it could judge, and how many it could not, if any.
+
+    Only prompts of a judge's own tasks count; without one it has neither.
+    """
     found = {}
-    for name, raw in scores.by_name.items():
+    for name, raw in assemble(collected).by_name.items():
+        asked = sum(group.num_asked[name] for group in collected)
         judged = raw[torch.isfinite(raw)]
-        found[f"eval/{name}"] = float(judged.mean())
-        if len(judged) < len(raw):
-            found[f"eval/{name}_unjudged"] = float(len(raw) - len(judged))
+        if asked:
+            found[f"eval/{name}"] = float(judged.mean())
+        if len(judged) < asked:
+            found[f"eval/{name}_unjudged"] = float(asked - len(judged))
     return found

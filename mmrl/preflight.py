@@ -10,7 +10,9 @@ from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
 from mmrl.prompts.dataset import load_prompts
 from mmrl.resolve import backend_module
-from mmrl.types import Prompt
+from mmrl.schema import nearest
+from mmrl.types import TASK, Prompt
+from rewards.combine import RewardSpec
 
 # Largest |log ratio| of unchanged weights: zero in exact arithmetic.  In half precision two kernels
 # (with and without gradients) may round a log-probability of order 1 differently in the last bits.
@@ -174,9 +176,21 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     refuse_prompts = getattr(config.backend.config, "refuse_prompts", None)
     if refuse_prompts is not None:
         refuse_prompts(training)
-    source = config.evaluation.source
+    refuse_unknown_tasks(config.rewards, training, "rewards")
+    source, judges = config.evaluation.source, config.evaluation.rewards
     evaluation = load_prompts(source, "evaluation.source") if source else []
+    refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
     return training, evaluation[: config.evaluation.max_prompts]
+
+
+def refuse_unknown_tasks(specs: Sequence[RewardSpec], prompts: Sequence[Prompt], key: str) -> None:
+    """``UserError`` for a reward of a task that no prompt has."""
+    known = sorted({prompt.task for prompt in prompts} - {""})
+    for i, spec in enumerate(specs):
+        for task in spec.tasks or ():
+            if task not in known:
+                hint = nearest(task, known) if known else f"they have no column {TASK!r}"
+                raise UserError(f"{key}[{i}].tasks: no prompt has the task {task!r}; {hint}")
 
 
 def describe(config: RunConfig) -> list[tuple[str, str]]:

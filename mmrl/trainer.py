@@ -463,12 +463,19 @@ def assemble(collected: Sequence[GroupScores]) -> Scores:
 
 
 def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float]:
-    """Reward statistics of a step under TRL's keys; failures are counted, never hidden."""
+    """Reward statistics of a step under TRL's keys; failures are counted, never hidden.
+
+    ``rewards/NAME/scored``: of the samples that the reward was asked about, the share it gave a
+    number; absent where it was asked about none.
+    """
     values = {"reward": _mean(scores.combined[scores.valid])}
     for name, raw in scores.by_name.items():
         finite = raw[torch.isfinite(raw)]
         values[f"rewards/{name}/mean"] = _mean(finite)
         values[f"rewards/{name}/std"] = float(finite.std(unbiased=False)) if len(finite) else 0.0
+        asked = sum(group.num_asked[name] for group in collected)
+        if asked:
+            values[f"rewards/{name}/scored"] = len(finite) / asked
         failed = sum(group.num_failed.get(name, 0) for group in collected)
         if failed:
             values[f"rewards/{name}/failed"] = float(failed)

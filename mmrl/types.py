@@ -17,6 +17,9 @@ from torch import Tensor
 
 from mmrl.errors import require
 
+TASK = "task"
+"""Column in which prompts of several tasks say which is theirs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -29,6 +32,11 @@ class Prompt:
     id: str
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """What its column ``task`` says, "" without one."""
+        return str(self.columns.get(TASK, ""))
 
 
 @dataclass(frozen=True, kw_only=True)

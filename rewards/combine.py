@@ -2,8 +2,9 @@
 
 Each reward has a queue and a thread of its own, so rewards run in parallel with each other and with
 the caller.  What cannot be scored is marked, never counted as 0: a sample is valid when every
-reward with a non-zero weight that applies to its prompt is finite for it.  A reward that gives NaN
-for all samples of a prompt, without having failed, does not apply to that prompt.
+reward with a non-zero weight that applies to its prompt is finite for it.  A reward does not apply
+to prompts of other tasks than its own, nor where it gives NaN for all samples without having
+failed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from mmrl.errors import UserError, require
 from mmrl.resolve import resolve
 from mmrl.schema import StrictModel, nearest, validate
-from mmrl.types import RolloutGroup
+from mmrl.types import Prompt, RolloutGroup
 
 Reward = Callable[..., Any]
 
@@ -41,6 +42,11 @@ class RewardSpec(StrictModel):
     )
     label: str = Field(min_length=1, description="key in the logs, unique; the name by default")
     weight: float = Field(default=1.0, description="factor in the sum; 0: logged only")
+    tasks: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="prompts it judges, by their column `task`; null: those of every task",
+    )
     timeout_s: float = Field(
         default=120.0,
         gt=0,
@@ -51,6 +57,10 @@ class RewardSpec(StrictModel):
     def build(self) -> Reward:
         """The reward as a callable; ``UserError`` if its settings name something missing."""
         return _module(self.name).build(self.config)
+
+    def judges(self, prompt: Prompt) -> bool:
+        """Whether the prompt belongs to one of ``tasks``."""
+        return self.tasks is None or prompt.task in self.tasks
 
     def dump(self) -> dict[str, Any]:
         """A plain dict from which ``parse_specs`` makes this spec again."""
@@ -119,8 +129,9 @@ class GroupScores:
     ``index``: the group's place in its step.  ``by_name``: raw values [G] float64 by label, NaN
     where the reward failed or does not apply.  ``combined`` [G] float64: weighted sum, 0 where
     invalid.  ``valid`` [G] bool: every weighted reward that applies is finite.  ``failures``:
-    error message of each reward that failed.  ``num_failed``: samples each reward failed on (those
-    it does not apply to are not counted).  ``seconds``: time inside reward calls, summed.
+    error message of each reward that failed.  ``num_asked``: samples each reward was asked about,
+    0 where the prompt is of another task than its own.  ``num_failed``: those of them it failed on
+    (where it does not apply it has not failed).  ``seconds``: time inside reward calls, summed.
     """
 
     index: int
@@ -128,6 +139,7 @@ class GroupScores:
     combined: Tensor
     valid: Tensor
     failures: Mapping[str, str]
+    num_asked: Mapping[str, int]
     num_failed: Mapping[str, int]
     seconds: float
 
@@ -222,6 +234,7 @@ def combined_scores(
         combined=torch.where(valid, total, 0.0),
         valid=valid,
         failures={label: o.message for label, o in by_label.items() if o.message is not None},
+        num_asked={spec.label: size * spec.judges(group.request.prompt) for spec in specs},
         num_failed={label: outcome.num_failed for label, outcome in by_label.items()},
         seconds=sum(outcome.seconds for outcome in outcomes),
     )
@@ -274,6 +287,8 @@ class _Worker:
         while (job := self._queue.get()) is not None:
             if self._closed:
                 job.finish(_failed(job.group, "the scorer was closed"))
+            elif not self._spec.judges(job.group.request.prompt):
+                job.finish(_Outcome(_nothing(job.group)))
             else:
                 job.finish(self._score(job.group))
 
@@ -313,9 +328,13 @@ def scored(reward: Reward, group: RolloutGroup, label: str) -> _Outcome:
 def _failed(
     group: RolloutGroup, message: str, *, seconds: float = 0.0, fatal: UserError | None = None
 ) -> _Outcome:
-    size = group.request.group_size
-    values = torch.full((size,), math.nan, dtype=torch.float64)
+    size, values = group.request.group_size, _nothing(group)
     return _Outcome(values, num_failed=size, message=message, seconds=seconds, fatal=fatal)
+
+
+def _nothing(group: RolloutGroup) -> Tensor:
+    """[G] float64, all NaN."""
+    return torch.full((group.request.group_size,), math.nan, dtype=torch.float64)
 
 
 def _without_infinities(values: Tensor, seconds: float) -> _Outcome:

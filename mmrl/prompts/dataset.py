@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from mmrl.errors import UserError
-from mmrl.types import Prompt
+from mmrl.types import TASK, Prompt
 
 
 def _refuse_other_kinds(value: Any) -> Any:
@@ -26,9 +26,6 @@ Source = Annotated[
     Path | list[Path] | dict[str, Path | list[Path]], BeforeValidator(_refuse_other_kinds)
 ]
 """One file, several one after another, or those of each task by its name."""
-
-TASK = "task"
-"""Column in which prompts of several tasks say which is theirs."""
 
 
 def load_prompts(source: Source, key: str) -> list[Prompt]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import methods, search
+from benchmarks import bands, methods, search
 from benchmarks.runs import Job, Piece, Point, Run
 from mmrl.config import load
 from mmrl.errors import UserError
@@ -141,9 +141,10 @@ def test_cost_table_counts_failures():
 
 
 def test_band_goes_as_far_as_the_shortest_run():
-    times, scores = methods.band([RUNS["nft", 0], RUNS["nft", 1]], "ocr_exact")
+    paths = [RUNS["nft", seed].points for seed in (0, 1)]
+    times, scores = bands.band(paths, "ocr_exact")
     assert (times[0], times[-1]) == (0.0, 40.0)
-    assert scores.shape == (2, methods.GRID_POINTS)
+    assert scores.shape == (2, bands.GRID_POINTS)
     assert np.allclose(scores[0], 0.1)
     assert scores[1, -1] == pytest.approx(0.3 + 0.2 / 3)
 

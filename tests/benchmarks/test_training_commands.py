@@ -25,21 +25,25 @@ ROWS = [
 ]
 CURVE = runs.curve(ROWS)
 
-# Stands in for `mmrl train`: a step costs 1 CPU-second on paper, every second one is evaluated.
+# Stands in for `mmrl train`: a step costs 1 CPU-second on paper; every second one is evaluated, and
+# the last one of a run that ends well.  It finishes its step when it is asked to stop.
 TRAINING = """
 import json, os, shutil, signal, sys, time
 folder, settings, last, status, seconds = sys.argv[1:6]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 os.makedirs(folder, exist_ok=True)
 shutil.copy(settings, folder + "/config.yaml")
 with open(folder + "/metrics.jsonl", "a", buffering=1) as file:
     trained = sum("step_time" in line for line in open(folder + "/metrics.jsonl"))
     for step in range(trained and trained + 1, int(last) + 1):
+        if stopped:
+            sys.exit(130)
+        time.sleep(float(seconds))
         if step:
             print(json.dumps({"step": step, "step_time": 0.5, "time/cpu": 1.0}), file=file)
-        if step % 2 == 0:
+        if step % 2 == 0 or (int(status) == 0 and step == int(last)):
             print(json.dumps({"step": step, "eval/exact": step / 100}), file=file)
-        time.sleep(float(seconds))
 if int(status) < 0:
     signal.raise_signal(-int(status))
 sys.exit(int(status))
@@ -166,7 +170,7 @@ def test_a_killed_run_is_continued(start):
 def test_an_interruption_ends_the_training_and_notes_its_cost(start, monkeypatch):
     job = start(last=1000, seconds=0.05, overrides=FOUR)
 
-    def interrupt(process, job):
+    def interrupt(process, job, ended):
         while not runs.curve(runs.read_metrics(job.folder / "metrics.jsonl")):
             pass
         raise KeyboardInterrupt
@@ -175,6 +179,61 @@ def test_an_interruption_ends_the_training_and_notes_its_cost(start, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         runs.ensure(job)
     assert statuses(job) == [runs.INTERRUPTED]
+
+
+@pytest.fixture
+def start_endless(start, monkeypatch):
+    """A job whose training goes as far as its command says."""
+
+    def make(*, status=0, seconds=0.05, **options) -> Job:
+        job = start(seconds=seconds, status=status, **options)
+        fixed = runs.train_command(Path(), Path(), [])
+
+        def command(config, folder, changes, *, resume):
+            named = dict(change.split("=", 1) for change in changes)
+            return [*fixed[:5], named["training.num_steps"], *fixed[6:]]
+
+        monkeypatch.setattr(runs, "train_command", command)
+        return job
+
+    return make
+
+
+def test_an_exported_run_ends_near_its_budget_and_its_last_step_is_evaluated(start_endless):
+    job = start_endless(budget=7.0)
+    run = runs.ensure_exported(job)
+    last = run.points[-1]
+    # Five steps leave two; that the fifth is done is seen a moment later.
+    assert 7 <= last.step <= 8
+    assert (last.step, last.cpu) == (run.rows[-1]["step"], float(last.step))
+    assert statuses(job) == [runs.INTERRUPTED, 0]
+    assert not run.failed
+    assert runs.ensure_exported(job) == run
+    assert statuses(job) == [runs.INTERRUPTED, 0]
+
+
+def test_an_exported_run_that_was_interrupted_at_its_last_step_takes_another(
+    start_endless, monkeypatch
+):
+    job = start_endless(budget=5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_last_step", lambda job: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            runs.ensure_exported(job)
+    assert statuses(job) == [runs.INTERRUPTED]
+    before = len(runs.read_metrics(job.folder / "metrics.jsonl"))
+    run = runs.ensure_exported(job)
+    assert statuses(job) == [runs.INTERRUPTED, 0]
+    assert len(run.rows) - before == 2, "one step and its evaluation"
+
+
+def test_a_run_that_fails_before_its_budget_is_not_exported(start):
+    job = start(last=3, status=2, budget=1000.0)
+    run = runs.ensure_exported(job)
+    assert run.failed
+    assert [point.step for point in run.points] == [0, 2]
+    assert runs.ensure_exported(job).failed
+    assert statuses(job) == [2]
 
 
 def test_other_settings_are_refused_but_not_another_length(start):
@@ -233,5 +292,6 @@ def test_overrides_are_written_as_yaml_reads_them():
 
 def test_mean_and_std():
     assert runs.mean_and_std([1.0, None, 3.0], ".1f") == "2.0 ± 1.4"
+    assert runs.mean_and_std([1.0, 3.0], "+.1f") == "+2.0 ± 1.4"
     assert runs.mean_and_std([1.0], ".1f") == "1.0"
     assert runs.mean_and_std([None], ".1f") == "-"

@@ -93,6 +93,34 @@ def test_a_reward_that_does_not_apply_to_a_prompt_leaves_the_others(scorer, grou
     (scores,) = score(both, group([3.0, 4.0]))
     assert scores.valid.tolist() == [True, True]
     assert scores.combined.tolist() == [6.0, 8.0]
+    assert scores.num_asked == {"f": 2, "g": 2}
+
+
+def test_a_reward_of_some_tasks_is_not_asked_about_others(scorer, group):
+    asked = []
+
+    def strict(prompts, outputs, task, **columns):
+        asked.extend(task)
+        return [1.0] * len(outputs)
+
+    both = scorer(f=(strict, {"tasks": ["a", "b"]}), g=echo)
+    groups = [group([3.0, 4.0], task=task) for task in ("a", "c", "b")] + [group([5.0])]
+    scores = score(both, *groups)
+    assert asked == ["a", "a", "b", "b"]
+    assert [values(each.by_name["f"]) for each in scores] == [
+        [1.0, 1.0], [None, None], [1.0, 1.0], [None]
+    ]  # fmt: skip
+    assert [each.combined.tolist() for each in scores] == [
+        [4.0, 5.0],
+        [3.0, 4.0],
+        [4.0, 5.0],
+        [5.0],
+    ]
+    assert all(each.valid.all() and not each.failures for each in scores)
+    assert all(each.num_failed == {"f": 0, "g": 0} for each in scores)
+    assert [each.num_asked for each in scores] == [
+        {"f": 2, "g": 2}, {"f": 0, "g": 2}, {"f": 2, "g": 2}, {"f": 0, "g": 1}
+    ]  # fmt: skip
 
 
 def test_a_reward_that_failed_is_not_one_that_does_not_apply(scorer, group):

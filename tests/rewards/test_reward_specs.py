@@ -32,6 +32,7 @@ def test_own_keys_and_labels():
     "entry",
     [
         {"name": "ocr", "mode": "exact", "weight": -2.0, "label": "x"},
+        {"name": "ocr", "tasks": ["signs", "posters"]},
         {"name": "clip_score", "scale": "per100"},
         {"name": "python", "function": DOTTED, "kwargs": {"a": 1}},
         {"name": DOTTED, "kwargs": {"a": 1}},
@@ -75,6 +76,8 @@ def test_dotted_name_is_short_for_python():
         ([{"name": "ocr", "weight": "much"}], r"rewards\[0\]\.weight: .*got 'much'"),
         ([{"name": "ocr", "weight": float("inf")}], r"rewards\[0\]\.weight: .*finite"),
         ([{"name": "ocr", "timeout_s": 0}], r"rewards\[0\]\.timeout_s: .*greater than 0"),
+        ([{"name": "ocr", "tasks": []}], r"rewards\[0\]\.tasks: .*at least 1 item"),
+        ([{"name": "ocr", "tasks": "signs"}], r"rewards\[0\]\.tasks: .*list .got 'signs'"),
         ([{"name": "python"}], r"rewards\[0\]\.function: required, but missing"),
         ([{"name": DOTTED, "function": "a.b"}], r"rewards\[0\]\.function: unknown key"),
         ([{"name": "ocr", "config": {}}], r"rewards\[0\]\.config: unknown key"),

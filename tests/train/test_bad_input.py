@@ -69,6 +69,7 @@ MISTAKES = [
         ["none of the 20", "no value (NaN) from 'near'"],
     ),
     ("rewards.0.name=toy.rewards.one_too_many", ["returned 3 values for 2 samples"]),
+    ("rewards.0.tasks=[walk]", ["rewards[0].tasks", "'walk'", "they have no column 'task'"]),
 ]
 
 
@@ -97,6 +98,21 @@ def test_malformed_prompts_name_the_line(tmp_path, content, message):
     result = run_cli(tmp_path, f"prompts.source={path}")
     assert result.exit_code == 2
     assert message in result.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("section", ["", "evaluation."])
+def test_a_misspelt_task_of_a_reward_is_named(tmp_path, section):
+    source = tmp_path / "prompts.jsonl"
+    rewards = "[{name: toy.rewards.near_target, tasks: [walk, rnu]}]"
+    result = run_cli(
+        tmp_path,
+        *(f"{key}.source={{walk: {source}, run: {source}}}" for key in ("prompts", "evaluation")),
+        f"{section}rewards={rewards}",
+        command="check",
+    )
+    assert result.exit_code == 2, result.output
+    text = " ".join(result.output.split())
+    assert f"{section}rewards[0].tasks: no prompt has the task 'rnu'; did you mean 'run'?" in text
 
 
 @pytest.mark.parametrize("command", ["train", "check"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from toy.run import column, weights_of
+from toy.run import column, metrics_of, toy_config, weights_of
 
 from mmrl.errors import UserError
 
@@ -88,6 +90,61 @@ def test_too_many_nonfinite_gradients_abort(toy):
 def test_an_adapter_that_never_moved_is_an_error(toy):
     with pytest.raises(UserError, match="identical to the initial"):
         toy("rewards.0.name=toy.rewards.constant", "regularisers=[]", "optimizer.weight_decay=0")
+
+
+def test_prompts_that_a_reward_has_no_number_for_are_counted(toy):
+    everywhere = column(toy("name=everywhere"), "rewards/near/scored")
+    assert everywhere == [1.0] * 6
+    run = toy("rewards.0.name=toy.rewards.nan_on_first")
+    scored, invalid = (column(run, key) for key in ("rewards/near/scored", "invalid_samples"))
+    assert set(scored) == {1.0, 0.75}, "a step has four of the six prompts"
+    assert scored == [1 - count / 20 for count in invalid]
+    assert column(run, "rewards/near/failed") == []
+
+
+def test_prompts_of_other_tasks_do_not_count_as_unscored(toy, tmp_path):
+    toy_config(tmp_path)
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    tasks = ["walk"] + ["run"] * (len(lines) - 1)
+    both = [json.loads(x) | {"task": task} for x, task in zip(lines, tasks, strict=True)]
+    source = tmp_path / "tasks.jsonl"
+    source.write_text("\n".join(map(json.dumps, both)))
+    walk = "{name: toy.rewards.near_target, label: walk, tasks: [walk]}"
+    near = "{name: toy.rewards.near_target, label: near}"
+    run = toy(f"prompts.source={source}", f"rewards=[{near}, {walk}]")
+    assert column(run, "rewards/near/scored") == [1.0] * 6
+    scored = column(run, "rewards/walk/scored")
+    assert set(scored) == {1.0}
+    assert len(scored) < 6, "absent in a step that did not ask it"
+
+
+def test_a_judge_counts_the_held_out_prompts_of_its_own_tasks_only(toy, tmp_path):
+    toy_config(tmp_path)
+    walk = tmp_path / "walk.jsonl"
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    walk.write_text(lines[-1])
+    judges = (
+        "{name: toy.rewards.near_target, label: walk, tasks: [walk]}",
+        "{name: toy.rewards.nan_on_first, label: partly}",
+        "{name: toy.rewards.near_target, label: near}",
+    )
+    run = toy(
+        f"evaluation.source={{walk: {walk}, run: {tmp_path / 'prompts.jsonl'}}}",
+        f"evaluation.rewards=[{', '.join(judges)}]",
+    )
+    first = next(line for line in metrics_of(run) if "eval/near" in line)
+    assert first["eval/walk"] != first["eval/near"]
+    # Seven prompts, two samples of each; the judge has no number for one of them.
+    unjudged = {key: value for key, value in first.items() if key.endswith("_unjudged")}
+    assert unjudged == {"eval/partly_unjudged": 2.0}
+    none = toy(
+        "name=none",
+        f"evaluation.source={{walk: {walk}, run: {tmp_path / 'prompts.jsonl'}}}",
+        "evaluation.max_prompts=1",
+        f"evaluation.rewards=[{judges[2]}, {judges[0]}]",
+    )
+    names = {key for line in metrics_of(none) for key in line if key.startswith("eval/")}
+    assert names == {"eval/near"}, "no prompt of the other judge's task is left"
 
 
 def test_all_schedules_end_where_they_should(toy):

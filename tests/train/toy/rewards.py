@@ -21,6 +21,12 @@ def always_nan(prompts, outputs, **columns):
     return [float("nan")] * len(outputs)
 
 
+def nan_on_first(prompts, outputs, target, **columns):
+    if prompts[0].endswith("0"):
+        return always_nan(prompts, outputs)
+    return near_target(prompts, outputs, target)
+
+
 def one_too_many(prompts, outputs, **columns):
     return [0.0] * (len(outputs) + 1)
 
