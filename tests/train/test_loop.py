@@ -139,7 +139,7 @@ def test_a_judge_counts_the_held_out_prompts_of_its_own_tasks_only(toy, tmp_path
     assert unjudged == {"eval/partly_unjudged": 2.0}
     none = toy(
         "name=none",
-        f"evaluation.source={{walk: {walk}, run: {tmp_path / 'prompts.jsonl'}}}",
+        f"evaluation.source={{run: {tmp_path / 'prompts.jsonl'}, walk: {walk}}}",
         "evaluation.max_prompts=1",
         f"evaluation.rewards=[{judges[2]}, {judges[0]}]",
     )

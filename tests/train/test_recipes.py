@@ -34,9 +34,17 @@ SHORT = (
 )
 
 
+LIKE_QUICKSTART = ("composition", "preference")
+"""Recipes that differ from the quickstart in prompts and rewards alone; the others cover both."""
+
+
 def runs():
     """Recipes of one run; files with stages are made of them."""
-    return [path for path in RECIPES if "stages" not in read_yaml(path)]
+    return [
+        pytest.param(path, marks=pytest.mark.slow if path.stem in LIKE_QUICKSTART else ())
+        for path in RECIPES
+        if "stages" not in read_yaml(path)
+    ]
 
 
 def short(recipe: Path, folder: Path, teacher: Path, *overrides: str) -> list[str]:
