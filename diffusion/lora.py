@@ -65,6 +65,7 @@ def add_lora(transformer: Any, lora: LoraConfig, default_targets: Sequence[str])
         transformer.add_adapter(config, ADAPTER)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules = {targets}: {error}") from error
+    _leave_dtypes_to_autocast(transformer)
 
 
 def start_from(transformer: Any, lora: LoraConfig) -> None:
@@ -100,7 +101,6 @@ def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
     ``UserError``, which names ``where``, if it does not fit the transformer.
     """
     from peft import LoraConfig as PeftConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     about, state = _read_adapter(folder, where)
     trained = trainable(transformer).keys()
@@ -112,14 +112,23 @@ def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
             transformer.add_adapter(config, name)
     except ValueError as error:
         raise UserError(f"{where} does not fit this model: {error}") from error
+    _leave_dtypes_to_autocast(transformer)
     _fill(transformer, name, state, where)
     for key, parameter in transformer.named_parameters():
         parameter.requires_grad_(key in trained)
         if f".{name}." in key:
             parameter.data = parameter.data.float()
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module._active_adapter = [ADAPTER]
+    for layer in _adapter_layers(transformer):
+        layer._active_adapter = [ADAPTER]
+
+
+def _leave_dtypes_to_autocast(transformer: nn.Module) -> None:
+    """Spare each adapter two copies: peft widens its input to float32, autocast narrows it again.
+
+    Results stay the same to the bit, for half precision survives the way there and back.
+    """
+    for layer in _adapter_layers(transformer):
+        layer.cast_input_dtype_enabled = False
 
 
 def _read_adapter(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -184,9 +193,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _layers_set(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
     """Within it ``attribute`` of every adapter layer is ``value``."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _adapter_layers(model)
     before = [getattr(layer, attribute) for layer in layers]
     try:
         for layer in layers:
@@ -195,3 +202,9 @@ def _layers_set(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
     finally:
         for layer, old in zip(layers, before, strict=True):
             setattr(layer, attribute, old)
+
+
+def _adapter_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -531,6 +531,29 @@ def test_precisions(make, dtype, lora):
     assert frozen == ({stored} if lora else set())
 
 
+def test_adapters_are_fed_half_precision_as_it_is_with_the_same_result(make):
+    """peft would widen their inputs to float32, which autocast narrows again."""
+    backend = make(dtype="bf16", lora={"rank": 4, "alpha": 8})
+    move(backend)
+    batch = make_batch(backend, list(backend.rollout(make_requests())), [1.0, -1.0, 0.5, 2.0])
+    adapters = [m for n, m in backend.model.named_modules() if n.endswith("lora_A.default")]
+    seen = set()
+    for adapter in adapters:
+        adapter.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    found = []
+    for widened in (False, True):
+        for module in backend.model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                assert widened or module.cast_input_dtype_enabled is False
+                module.cast_input_dtype_enabled = widened
+        seen.clear()
+        terms = backend.evaluate(batch, LOGP)
+        assert seen == {torch.float32 if widened else torch.bfloat16}
+        found.append({"logp": terms.logp} | gradient_of(backend, terms.logp.sum()))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_full_fine_tuning_starts_from_the_unrounded_weights(make):
     exact = make(lora=None).model.state_dict()
     found = make(lora=None, dtype="bf16").model.state_dict()
