@@ -139,11 +139,6 @@ def _row(tag: str, kinds: Sequence[Kind], relation: str | None) -> dict:
     return {"prompt": prompt, "tag": tag, "objects": objects, "relation": relation}
 
 
-def content_of(row: dict) -> tuple:
-    """The same for all rows that ask for one image in different words."""
-    return _content([Kind(**entry) for entry in row["objects"]], row["relation"])
-
-
 def _content(kinds: Sequence[Kind], relation: str | None) -> tuple:
     """The same for all wordings of one request."""
     if relation in OPPOSITE:

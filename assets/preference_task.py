@@ -1,11 +1,12 @@
-"""Prompts of the preference task: signs and scenes, of which `preference` judges how they look.
+"""Prompts of the preference task: open ones, of which `preference` judges how they look.
 
     python assets/preference_task.py --out assets/prompts     # write the files
 
-The reward reads no prompt.  Its model was made to judge pictures of signs and of scenes, as many of
-each, so that is what is asked for; place, size and background are never named, nor is the shade of
-a colour.  All prompts are of pre-training: no prompt of another task's files is among them, and no
-scene that one of those asks for in other words.
+The reward reads no prompt.  Its model was made to judge pictures of signs and of scenes, so that is
+what is asked for: signs that name no colour, and scenes that name no number of objects and often no
+colour.  The other tasks always name these, so their prompts are others in kind, and a model can
+tell from the prompt alone that it is free to please.  Pre-training saw every word but not these
+phrases.
 """
 
 from __future__ import annotations
@@ -13,46 +14,47 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Iterator
+from itertools import permutations, product
 from pathlib import Path
 
 # The script is run by its path, which puts its folder on the import path but not the root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assets import composition_task, ocr_task
-from assets.composition_task import content_of, write_jsonl
+from assets import ocr_task
+from assets.composition_task import write_jsonl
+from assets.shapes import COLOURS, SHAPES
 
-NUM_TRAIN, NUM_EVAL = 268, 92
-SCENES = ("counting", "position")
-"""Sorts of scenes, with equal parts: those of which the composition task leaves enough."""
+NUM_EVAL = 92
 
 
 def split(seed: int) -> tuple[list[dict], list[dict]]:
-    """Training rows and held-out rows, half of each signs."""
-    rng = random.Random(seed + 3)
-    train, held = [], []
-    free = [free_signs(seed), *(free_scenes(seed, tag) for tag in SCENES)]
-    for rows, part in zip(free, (2, 4, 4), strict=True):
-        drawn = rng.sample(rows, (NUM_TRAIN + NUM_EVAL) // part)
-        train += drawn[NUM_EVAL // part :]
-        held += drawn[: NUM_EVAL // part]
-    return train, held
+    """Training rows and held-out rows."""
+    rows = [*signs(seed), *scenes()]
+    random.Random(seed + 3).shuffle(rows)
+    return rows[NUM_EVAL:], rows[:NUM_EVAL]
 
 
-def free_signs(seed: int) -> list[dict]:
-    """Rows of pre-training that are not in the files of the OCR task."""
+def signs(seed: int) -> list[dict]:
+    """A row for each text that the OCR task trains on."""
     pretraining, _, _ = ocr_task.split_prompts(seed)
-    tuning = ocr_task.tuning_prompts(pretraining, seed)
-    return [row for row in pretraining if row not in tuning]
+    texts = dict.fromkeys(row["text"] for row in pretraining)
+    return [{"prompt": f'a sign "{text}"', "kind": "sign"} for text in texts]
 
 
-def free_scenes(seed: int, tag: str) -> list[dict]:
-    """A row for each content of this sort that is not in the files of the composition task."""
-    rows = composition_task.split(seed)
-    tuning = {content_of(row) for row in rows.tuning}
-    wordings = [row for row in rows.pretraining if row["tag"] == tag]
-    random.Random(seed + 4).shuffle(wordings)
-    found = {content_of(row): row for row in wordings}
-    return [row for content, row in found.items() if content not in tuning]
+def scenes() -> list[dict]:
+    """A row for each shape and each two, in any colours or in none."""
+    return [{"prompt": prompt, "kind": "scene"} for prompt in _scene_prompts()]
+
+
+def _scene_prompts() -> Iterator[str]:
+    plurals = [f"{shape}s" for shape in SHAPES]
+    yield from plurals
+    yield from (f"{colour} {plural}" for colour, plural in product(COLOURS, plurals))
+    for first, second in permutations(plurals, 2):
+        yield f"{first} and {second}"
+        for one, other in product(COLOURS, repeat=2):
+            yield f"{one} {first} and {other} {second}"
 
 
 def main() -> None:

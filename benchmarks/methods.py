@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import bands, gold, search, tables
 from benchmarks.runs import (
+    START_TOLERANCE,
     Job,
     Point,
     Run,
@@ -165,7 +166,7 @@ def figures(runs: Mapping[tuple[str, int], Run]) -> list[Record]:
 def odd_starts(runs: Mapping[tuple[str, int], Run]) -> list[str]:
     """Runs whose scores before training are not those of the first run."""
     named = {f"{method} seed {seed}": run for (method, seed), run in runs.items()}
-    return starts_apart(named, SCORES)
+    return starts_apart(named, dict.fromkeys(SCORES, START_TOLERANCE))
 
 
 def final(run: Run, name: str) -> float | None:

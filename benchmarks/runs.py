@@ -425,18 +425,19 @@ def costs(run: Run) -> dict[str, Any]:
     }
 
 
-def starts_apart(runs: Mapping[str, Run], names: Sequence[str]) -> list[str]:
-    """Runs, by title, whose scores ``names`` before training are not those of the first run.
+def starts_apart(runs: Mapping[str, Run], tolerances: Mapping[str, float]) -> list[str]:
+    """Runs, by title, whose scores before training are not those of the first run.
 
-    The network, the prompts and the noise of that evaluation are the same for all, so a difference
-    means that a recipe changes how pictures are evaluated, and that its scores compare to nothing.
+    ``tolerances``: by score, how far apart is still the same.  The network, the prompts and the
+    noise of that evaluation are the same for all, so a difference means that a recipe changes how
+    pictures are evaluated, and that its scores compare to nothing.
     """
     scores = {title: run.points[0].scores for title, run in runs.items()}
     first = next(iter(scores.values()))
     return [
         title
         for title, found in scores.items()
-        if any(abs(found[name] - first[name]) > START_TOLERANCE for name in names)
+        if any(abs(found[name] - first[name]) > least for name, least in tolerances.items())
     ]
 
 

@@ -1,26 +1,27 @@
-"""Prompts of the preference task: as shipped, and apart from those of the other tasks."""
+"""Prompts of the preference task: as shipped, open, and apart from those of the other tasks."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-PROMPTS = Path(__file__).resolve().parents[2] / "assets" / "prompts"
+from assets import shapes
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 task = pytest.importorskip("assets.preference_task", reason="the prompts' script needs rapidocr")
 
 
 def rows(name: str) -> list[dict]:
     """The lines of one prompt file."""
-    text = (PROMPTS / f"{name}.jsonl").read_text(encoding="utf-8")
+    text = (ASSETS / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def contents(found: list[dict]) -> set:
-    """What is asked for: the prompt of a sign, and of a scene what all its wordings share."""
-    return {task.content_of(row) if "objects" in row else row["prompt"] for row in found}
+def prompts(found: list[dict]) -> list[str]:
+    return [row["prompt"] for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +34,53 @@ def test_the_shipped_files_are_what_the_script_writes(split, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["preference_task.py", "--out", str(tmp_path)])
     task.main()
     for path in tmp_path.iterdir():
-        assert path.read_bytes() == (PROMPTS / path.name).read_bytes()
+        assert path.read_bytes() == (ASSETS / "prompts" / path.name).read_bytes()
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_half_are_signs_and_half_scenes(split):
-    for found, size in zip(split, (task.NUM_TRAIN, task.NUM_EVAL), strict=True):
-        sorts = Counter(row.get("tag", "sign") for row in found)
-        assert sorts == {"sign": size // 2, "counting": size // 4, "position": size // 4}
-
-
 def test_nothing_is_asked_for_twice(split):
-    train, held = map(contents, split)
-    assert (len(train), len(held)) == (task.NUM_TRAIN, task.NUM_EVAL)
-    assert not train & held
+    train, held = map(prompts, split)
+    assert len(held) == task.NUM_EVAL
+    assert len({*train, *held}) == len(train) + len(held) == 104 + 3 + 18 + 6 * 37
+
+
+def test_both_sets_have_signs_and_scenes(split):
+    for found in split:
+        kinds = [row["kind"] for row in found]
+        assert 0.2 < kinds.count("sign") / len(kinds) < 0.4
+        assert set(kinds) == {"sign", "scene"}
 
 
 @pytest.mark.parametrize("other", ["ocr", "composition"])
-def test_no_other_task_asks_for_the_same(split, other):
-    ours = contents(split[0]) | contents(split[1])
-    assert not ours & contents(rows(f"{other}-eval"))
-    assert not ours & contents(rows(f"{other}-train"))
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_prompts_are_open_where_those_of_other_tasks_never_are(split, other, name):
+    ours, theirs = prompts([*split[0], *split[1]]), prompts(rows(f"{other}-{name}"))
+    assert all(starts_like_the_others(prompt) for prompt in theirs)
+    assert not any(starts_like_the_others(prompt) for prompt in ours)
 
 
-def test_all_are_prompts_of_pre_training(split):
-    signs, _, _ = task.ocr_task.split_prompts(0)
-    known = [*signs, *task.composition_task.split(0).pretraining]
-    assert all(row in known for row in [*split[0], *split[1]])
+def starts_like_the_others(prompt: str) -> bool:
+    """Whether a sign is given a colour, or a scene a number of objects."""
+    words = prompt.split()
+    return words[0] in shapes.NUMERALS.values() and words[:2] != ["a", "sign"]
+
+
+def test_texts_that_nothing_is_trained_on_are_not_asked_for(split):
+    _, _, unseen = task.ocr_task.split_prompts(0)
+    found = " ".join(prompts([*split[0], *split[1]]))
+    assert unseen
+    assert not any(f'"{text}"' in found for text in unseen)
+
+
+def test_the_pipeline_knows_every_word(split):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-sd3" / "tokenizer")
+    for row in [*split[0], *split[1]]:
+        tokens = tokenizer(row["prompt"]).input_ids
+        outside = tokenizer(row["prompt"].split('"')[0]).input_ids
+        assert len(tokens) <= tokenizer.model_max_length
+        # One token for each word outside the quotes, between those of the start and the end.
+        assert len(outside) - 2 == len(row["prompt"].split('"')[0].split())
 
 
 def test_another_seed_draws_other_prompts(split):
-    assert contents(task.split(1)[0]) != contents(split[0])
+    assert prompts(task.split(1)[1]) != prompts(split[1])
