@@ -5,11 +5,14 @@ Shortened: few images, few steps, and a reward that needs no reading.
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from toy.run import ROOT, column, metrics_of, python, weights_of
 
 from mmrl.config import load, read_yaml
@@ -98,12 +101,28 @@ def test_a_resumed_run_is_bit_identical(recipe, teacher, unbroken, tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_two_processes_equal_one(recipe, teacher, unbroken, tmp_path):
-    options = short(recipe, tmp_path, teacher, "training.num_steps=1")
-    done = python("-m", "mmrl", "train", recipe, *options, processes=2)
+@pytest.fixture(scope="module")
+def shared_out(request, teacher, tmp_path_factory):
+    """Run folders, by recipe: one step of each, all in the same two processes."""
+    asked = {
+        item.callspec.params["recipe"]
+        for item in request.session.items
+        if "recipe" in item.fixturenames
+    }
+    folders = {recipe: tmp_path_factory.mktemp(recipe.stem) for recipe in sorted(asked)}
+    jobs = [
+        (str(recipe), short(recipe, folder, teacher, "training.num_steps=1"))
+        for recipe, folder in folders.items()
+    ]
+    done = python(Path(__file__).resolve(), json.dumps(jobs), processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
+    return folders
+
+
+def test_two_processes_equal_one(recipe, unbroken, shared_out):
     first, other = (
-        next(line for line in metrics_of(run) if "loss" in line) for run in (unbroken, tmp_path)
+        next(line for line in metrics_of(run) if "loss" in line)
+        for run in (unbroken, shared_out[recipe])
     )
     assert first.keys() == other.keys()
     for name in first:
@@ -120,3 +139,9 @@ def test_a_student_draws_and_is_judged_without_its_teachers(teacher, tmp_path):
     assert [image.tobytes() for image in sample(run, ["a cat"], count=2, seed=0)[0]] == drawn
     found = evaluate(load_run_config(run), run=run)
     assert found == {key: value for key, value in metrics_of(run)[-1].items() if "eval/" in key}
+
+
+if __name__ == "__main__":
+    PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
+    for path, overrides in json.loads(sys.argv[1]):
+        train(load(Path(path), overrides))
