@@ -44,8 +44,8 @@ from diffusion.attention import available_backends
 from diffusion.backend import DiffusionBackend
 from diffusion.config import Config, FlowMatchingConfig
 from diffusion.decisions import OTHER_POLICIES
-from diffusion.lora import adapters_off
 from diffusion.models.base import Condition
+from mmrl.adapters import adapters_off
 from mmrl.config import RunConfig
 from mmrl.errors import UserError
 from mmrl.preflight import micro_batch_shape

@@ -21,12 +21,13 @@ from diffusion.attention import pick_attention
 from diffusion.backend import DiffusionBackend
 from diffusion.config import DTYPES, Config
 from diffusion.estimate import CLIP_TOKENS
-from diffusion.lora import ADAPTER, prepare_weights
+from diffusion.lora import prepare_weights
 from diffusion.models.base import Condition, Family
 from diffusion.models.flux import Flux
 from diffusion.models.sd3 import SD3
 from diffusion.teachers import Teachers
 from mmrl import config as configuration
+from mmrl.adapters import ADAPTER
 from mmrl.config import RunConfig
 from mmrl.resolve import resolve
 from mmrl.trainer import make_requests, needs_of

@@ -30,12 +30,12 @@ from diffusion.backend import DiffusionBackend, build
 from diffusion.kernels import gaussian_logp, transition_mean
 from diffusion.likelihoods import mean_square
 from diffusion.transition import TransitionBatch
-from diffusion.weights import trainable
 from mmrl import config as configuration
 from mmrl.divergences import gaussian_kl
 from mmrl.prompts.dataset import load_prompts
 from mmrl.trainer import make_requests
 from mmrl.types import Prompt
+from mmrl.weights import trainable
 
 TASK = "all"
 SETTINGS = ("backend.model.lora={rank: 4, alpha: 8}", "backend.model.dtype=fp32")

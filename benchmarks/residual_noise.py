@@ -31,10 +31,10 @@ from benchmarks import judges, tables
 from diffusion import sampling
 from diffusion.backend import DiffusionBackend, build
 from diffusion.likelihoods import mean_square
-from diffusion.noise import NoiseKey
 from mmrl import config as configuration
 from mmrl.evaluation import spread
 from mmrl.images import labelled_grid
+from mmrl.noise import NoiseKey
 from mmrl.prompts.dataset import load_prompts
 from mmrl.types import Prompt
 from rewards import ocr

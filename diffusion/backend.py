@@ -21,13 +21,16 @@ from diffusion.config import DTYPES, Config, FlowMatchingConfig
 from diffusion.decisions import OTHER_POLICIES, Decisions, Rows
 from diffusion.estimate import describe, estimate_memory
 from diffusion.likelihoods import mean_square
-from diffusion.lora import ADAPTER, adapters_off, prepare_weights
+from diffusion.lora import prepare_weights
 from diffusion.matching import CleanLatents, FlowMatching
 from diffusion.models.base import Condition, locate, quiet_libraries
-from diffusion.noise import NoiseKey
 from diffusion.teachers import Teachers, compare_with_runs
 from diffusion.transition import Transition
-from diffusion.weights import (
+from mmrl.adapters import ADAPTER, adapters_off
+from mmrl.noise import NoiseKey
+from mmrl.resolve import resolve
+from mmrl.types import Anchor, PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
+from mmrl.weights import (
     Snapshot,
     ema_decay,
     evaluation_decay,
@@ -35,8 +38,6 @@ from diffusion.weights import (
     trainable,
     whole,
 )
-from mmrl.resolve import resolve
-from mmrl.types import Anchor, PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
 
 PAPER = "Xue et al. 2025, arXiv:2509.25050; Liu et al. 2025, arXiv:2505.05470"
 __all__ = ["PAPER", "Config", "DiffusionBackend", "build", "describe", "estimate_memory"]

@@ -16,6 +16,7 @@ from diffusion.kernels import Kernel
 from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
 from diffusion.schedule import Grid, Scheduler, sigma_grid
 from diffusion.steps import StepsConfig, StepTables
+from mmrl.adapters import LoraConfig
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel, nearest
 from mmrl.types import Prompt
@@ -40,34 +41,6 @@ def check_sampler(sampling: RolloutConfig, section: str) -> None:
             f"rollout.shift_terminal = {sampling.shift_terminal} with {section}.grid = 'awm', "
             "which places its last level itself; allowed: null"
         )
-
-
-class LoraConfig(StrictModel):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
-
-    rank: int = Field(
-        default=32,
-        ge=1,
-        description="Rank of the update.",
-    )
-    alpha: float = Field(
-        default=64.0,
-        gt=0,
-        description="The update is scaled by alpha / rank.",
-    )
-    target_modules: list[str] | None = Field(
-        default=None,
-        min_length=1,
-        description="Module name endings; null: the family's attention layers.",
-    )
-    init: Literal["gaussian", "default"] = Field(
-        default="gaussian",
-        description="Start of the A matrix: N(0, 1/rank) or Kaiming-uniform; B is 0.",
-    )
-    path: str | None = Field(
-        default=None,
-        description="Run or adapter folder to start from instead; the reference stays the base.",
-    )
 
 
 class ModelConfig(StrictModel):

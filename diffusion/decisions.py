@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.noise import NoiseKey
 from diffusion.sampling import Velocity
+from mmrl.noise import NoiseKey
 
 OTHER_POLICIES = {
     "logp_ref": "reference",

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.config import LoraConfig, ModelConfig, TeacherConfig
-from diffusion.noise import generator
-from diffusion.weights import trainable
+from diffusion.config import ModelConfig, TeacherConfig
+from mmrl.adapters import ADAPTER, LoraConfig, adapter_layers, add_lora, leave_dtypes_to_autocast
 from mmrl.errors import UserError
+from mmrl.noise import generator
+from mmrl.weights import trainable
 
-ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PREFIX = "transformer."
 
@@ -44,28 +43,6 @@ def prepare_weights(
         start_from(transformer, model.lora)
     for parameter in trainable(transformer).values():
         parameter.data = parameter.data.float()
-
-
-def add_lora(transformer: Any, lora: LoraConfig, default_targets: Sequence[str]) -> None:
-    """Freeze the transformer and add a trainable adapter whose output starts at 0.
-
-    ``UserError`` if a target module does not exist.
-    """
-    from peft import LoraConfig as PeftConfig
-
-    targets = lora.target_modules or list(default_targets)
-    transformer.requires_grad_(False)
-    config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - used as a number only
-        target_modules=targets,
-        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
-    )
-    try:
-        transformer.add_adapter(config, ADAPTER)
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules = {targets}: {error}") from error
-    _leave_dtypes_to_autocast(transformer)
 
 
 def start_from(transformer: Any, lora: LoraConfig) -> None:
@@ -112,23 +89,14 @@ def load_frozen(transformer: Any, folder: Path, name: str, where: str) -> None:
             transformer.add_adapter(config, name)
     except ValueError as error:
         raise UserError(f"{where} does not fit this model: {error}") from error
-    _leave_dtypes_to_autocast(transformer)
+    leave_dtypes_to_autocast(transformer)
     _fill(transformer, name, state, where)
     for key, parameter in transformer.named_parameters():
         parameter.requires_grad_(key in trained)
         if f".{name}." in key:
             parameter.data = parameter.data.float()
-    for layer in _adapter_layers(transformer):
+    for layer in adapter_layers(transformer):
         layer._active_adapter = [ADAPTER]
-
-
-def _leave_dtypes_to_autocast(transformer: nn.Module) -> None:
-    """Spare each adapter two copies: peft widens its input to float32, autocast narrows it again.
-
-    Results stay the same to the bit, for half precision survives the way there and back.
-    """
-    for layer in _adapter_layers(transformer):
-        layer.cast_input_dtype_enabled = False
 
 
 def _read_adapter(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -172,39 +140,3 @@ def weights_folder(path: Path, needed: str, where: str) -> Path:
         if (folder / needed).exists():
             return folder
     raise UserError(f"{where} holds no {needed}, neither itself nor in final/")
-
-
-@contextmanager
-def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
-    """Within it the adapter ``name`` of ``model`` computes, alone."""
-    # peft's own switch also makes the parameters of that adapter trainable.
-    with _layers_set(model, "_active_adapter", [name]):
-        yield
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it every adapter layer of ``model`` computes its frozen base layer only."""
-    # peft's own switch also clears ``requires_grad`` and does not bring it back to what it was.
-    with _layers_set(model, "_disable_adapters", True):
-        yield
-
-
-@contextmanager
-def _layers_set(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    """Within it ``attribute`` of every adapter layer is ``value``."""
-    layers = _adapter_layers(model)
-    before = [getattr(layer, attribute) for layer in layers]
-    try:
-        for layer in layers:
-            setattr(layer, attribute, value)
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            setattr(layer, attribute, old)
-
-
-def _adapter_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -25,8 +25,8 @@ from diffusion.likelihoods import (
     surrogate_logp,
     velocity_error,
 )
-from diffusion.noise import NoiseKey
 from diffusion.sampling import Velocity
+from mmrl.noise import NoiseKey
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion import noise, schedule
 from diffusion.config import RolloutConfig
-from diffusion.noise import NoiseKey
+from mmrl.noise import NoiseKey
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """Guided velocity of latents [B, ...] at levels [B], for the prompts of one batch."""

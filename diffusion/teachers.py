@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from diffusion.config import Config, TeacherConfig
 from diffusion.decisions import Rows
-from diffusion.lora import LORA_FILE, adapter_active, load_frozen, teacher_folder
+from diffusion.lora import LORA_FILE, load_frozen, teacher_folder
 from diffusion.models.base import is_hub_id
-from diffusion.noise import NoiseKey
+from mmrl.adapters import adapter_active
 from mmrl.config import read_yaml
 from mmrl.errors import UserError
+from mmrl.noise import NoiseKey
 from mmrl.run_folder import CONFIG
 from mmrl.schema import validate
 from mmrl.sharding import is_split

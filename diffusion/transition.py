@@ -18,8 +18,8 @@ from diffusion.config import DTYPES, Config, TransitionConfig
 from diffusion.decisions import Drawn, Rows, fold
 from diffusion.kernels import Kernel, cps_logp, transition_logp, transition_mean
 from diffusion.likelihoods import mean_square
-from diffusion.noise import NoiseKey
 from diffusion.sampling import Velocity
+from mmrl.noise import NoiseKey
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,8 @@ NEVER = {
     "mmrl": frozenset({"diffusion", "vlm"}) | MODEL_LIBRARIES,
     # It reports what works on this machine, so it asks the backends; only the CLI imports it.
     "mmrl.doctor": frozenset({"vlm"}) | MODEL_LIBRARIES,
+    # What diffusers and transformers have in common is peft.
+    "mmrl.adapters": frozenset({"diffusion", "vlm"}) | MODEL_LIBRARIES - {"peft"},
     "mmrl.text": frozenset({"diffusion", "vlm", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),
     "diffusion": frozenset({"vlm", "mmrl.text", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),
     "vlm": frozenset({"diffusion", "mmrl.trainer", "mmrl.cli", "mmrl.objectives"}),

@@ -15,8 +15,8 @@ from benchmarks import gpu_diffusion, gpu_models
 from benchmarks.gpu_diffusion import Measured, Work, update_images
 from benchmarks.gpu_models import FLUX, METHODS, SD35, SIZES, TOYS, Variant
 from benchmarks.rates import count_flops, matmul_rate
-from diffusion.weights import trainable
 from mmrl.preflight import refuse_unless_consistent
+from mmrl.weights import trainable
 
 TINY = ["--tiny", "--device", "cpu", "--repeats", "1"]
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ from diffusion.likelihoods import interpolate, surrogate_logp
 from diffusion.models.base import Condition
 from diffusion.noise import normal
 from diffusion.schedule import sigma_grid
-from diffusion.weights import trainable
 from mmrl.advantages import group as group_advantage
 from mmrl.objectives import grpo
 from mmrl.types import Prompt, RolloutRequest, Scores
+from mmrl.weights import trainable
 
 CPU = torch.device("cpu")
 LOGP = frozenset({"logp"})

@@ -7,8 +7,8 @@ import torch
 from tiny_sd3 import make_batch, make_requests
 
 from diffusion.likelihoods import implicit_error
-from diffusion.weights import trainable
 from mmrl.objectives import nft
+from mmrl.weights import trainable
 
 NEEDS = frozenset({"implicit_positive", "implicit_negative"})
 

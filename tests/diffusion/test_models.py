@@ -30,14 +30,15 @@ from diffusion.models.base import (
 )
 from diffusion.models.flux import Flux, image_positions
 from diffusion.models.qwen_image import QwenImage
-from diffusion.noise import NoiseKey, normal
+from diffusion.noise import normal
 from diffusion.schedule import sigma_grid
-from diffusion.weights import trainable
 from mmrl.config import load
 from mmrl.errors import UserError
+from mmrl.noise import NoiseKey
 from mmrl.objectives import grpo
 from mmrl.resolve import resolve
 from mmrl.types import Prompt, RolloutRequest
+from mmrl.weights import trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion.noise import NoiseKey, generator, normal
+from diffusion.noise import normal
+from mmrl.noise import NoiseKey, generator
 
 KEY = NoiseKey(seed=1, stream=2, prompt_id="p", sample=3)
 

@@ -13,9 +13,10 @@ from diffusion.backend import build, describe, estimate_memory
 from diffusion.estimate import outline
 from diffusion.models import sd3
 from diffusion.models.base import locate
-from diffusion.noise import NoiseKey, normal
-from diffusion.weights import trainable
+from diffusion.noise import normal
 from mmrl.errors import UserError
+from mmrl.noise import NoiseKey
+from mmrl.weights import trainable
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from diffusion.backend import build
 from diffusion.estimate import describe, estimate_memory
 from diffusion.lora import LORA_FILE
 from diffusion.teachers import compare_with_runs
-from diffusion.weights import trainable
 from mmrl.errors import UserError
 from mmrl.types import Prompt, RolloutRequest
+from mmrl.weights import trainable
 
 NEEDS = frozenset({"mean_gap_teacher"})
 TASKS = [

@@ -10,9 +10,9 @@ from tiny_sd3 import PROMPTS, make_batch, make_config, make_requests
 
 from diffusion.kernels import step_table
 from diffusion.schedule import sigma_grid
-from diffusion.weights import trainable
 from mmrl.errors import UserError
 from mmrl.objectives import grpo
+from mmrl.weights import trainable
 
 NEEDS = frozenset({"logp", "logp_ref", "mean_gap_old", "mean_gap_reference", "velocity_gap_ema"})
 KERNELS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}

@@ -16,8 +16,8 @@ from benchmarks.gpu_models import (
     requests_for,
 )
 from diffusion.attention import available_backends
-from diffusion.weights import trainable
 from mmrl.preflight import refuse_gap
+from mmrl.weights import trainable
 
 pytestmark = pytest.mark.gpu
 GROUP = 4

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from diffusion.weights import Snapshot, ema_decay, evaluation_decay, reshard, trainable
+from mmrl.weights import Snapshot, ema_decay, evaluation_decay, reshard, trainable
 
 
 def parameters(*values):
