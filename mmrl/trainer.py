@@ -459,6 +459,7 @@ def assemble(collected: Sequence[GroupScores]) -> Scores:
         valid=torch.cat([scores.valid for scores in collected]),
         group=torch.repeat_interleave(torch.arange(len(collected)), sizes),
         by_name={name: torch.cat([scores.by_name[name] for scores in collected]) for name in names},
+        task=[scores.task for scores in collected for _ in range(len(scores.combined))],
     )
 
 

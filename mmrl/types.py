@@ -87,13 +87,15 @@ class Scores:
 
     ``combined`` [N] float64: weighted sum, 0 where invalid.  ``by_name``: raw values [N] float64 of
     each reward, NaN where it did not apply or failed.  ``group`` [N] int64: index of the group of
-    each sample.  ``valid`` [N] bool: samples that carry a usable reward.
+    each sample.  ``valid`` [N] bool: samples that carry a usable reward.  ``task``: that of the
+    prompt of each sample, length N; empty: all are of one.
     """
 
     combined: Tensor
     group: Tensor
     valid: Tensor
     by_name: Mapping[str, Tensor] = field(default_factory=dict)
+    task: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check(self.combined, "combined", 1, torch.float64)
@@ -101,6 +103,8 @@ class Scores:
         _check(self.valid, "valid", 1, torch.bool)
         for name, value in {"group": self.group, "valid": self.valid, **self.by_name}.items():
             require(value.shape == self.combined.shape, f"{name} and combined differ in shape")
+        size = len(self.combined)
+        require(len(self.task) in (0, size), f"{len(self.task)} tasks for {size} samples")
         require(
             bool(torch.isfinite(self.combined[self.valid]).all()), "a valid reward is not finite"
         )

@@ -132,6 +132,7 @@ class GroupScores:
     error message of each reward that failed.  ``num_asked``: samples each reward was asked about,
     0 where the prompt is of another task than its own.  ``num_failed``: those of them it failed on
     (where it does not apply it has not failed).  ``seconds``: time inside reward calls, summed.
+    ``task``: that of the prompt.
     """
 
     index: int
@@ -142,6 +143,7 @@ class GroupScores:
     num_asked: Mapping[str, int]
     num_failed: Mapping[str, int]
     seconds: float
+    task: str = ""
 
     def __post_init__(self) -> None:
         require(self.combined.ndim == 1, f"combined has rank {self.combined.ndim}, not 1")
@@ -237,6 +239,7 @@ def combined_scores(
         num_asked={spec.label: size * spec.judges(group.request.prompt) for spec in specs},
         num_failed={label: outcome.num_failed for label, outcome in by_label.items()},
         seconds=sum(outcome.seconds for outcome in outcomes),
+        task=group.request.prompt.task,
     )
 
 

@@ -96,6 +96,11 @@ def test_a_reward_that_does_not_apply_to_a_prompt_leaves_the_others(scorer, grou
     assert scores.num_asked == {"f": 2, "g": 2}
 
 
+def test_scores_carry_the_task_of_their_prompt(scorer, group):
+    groups = group([1.0], task="ocr"), group([2.0], index=1)
+    assert [scores.task for scores in score(scorer(f=echo), *groups)] == ["ocr", ""]
+
+
 def test_a_reward_of_some_tasks_is_not_asked_about_others(scorer, group):
     asked = []
 
