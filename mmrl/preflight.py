@@ -56,7 +56,7 @@ def refuse_ignored_weights(config: RunConfig) -> None:
         return
     weights = module.reward_weights(options, [spec.label for spec in config.rewards])
     for spec in config.rewards:
-        own = weights[spec.label]
+        own = weights.get(spec.label, spec.weight)
         if spec.weight not in (1.0, own):
             raise UserError(
                 f"rewards: {spec.label!r} has weight {spec.weight:g}, but advantage "

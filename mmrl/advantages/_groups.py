@@ -57,6 +57,14 @@ def global_deviation(scores: Scores, ddof: int) -> Tensor:
     return ((rewards - mean).square().sum() / max(len(rewards) - ddof, 1)).sqrt()
 
 
+def task_numbers(scores: Scores) -> Tensor:
+    """[N] int64: which task each sample is of; all the same where ``scores`` names none."""
+    if not scores.task:
+        return torch.zeros_like(scores.group)
+    names = sorted(set(scores.task))
+    return torch.tensor([names.index(task) for task in scores.task], device=scores.group.device)
+
+
 def advantages_with_metrics(values: Tensor, scores: Scores, groups: GroupStatistics) -> Advantages:
     """Advantages that keep every valid sample, with the metrics common to group estimators.
 

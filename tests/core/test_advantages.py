@@ -7,7 +7,7 @@ import torch
 from core_oracles import close, float64, random_scores, some_advantages
 from pydantic import ValidationError
 
-from mmrl.advantages import group, leave_one_out
+from mmrl.advantages import g2rpo, group, leave_one_out
 from mmrl.modulators import clip, drop_zero
 from mmrl.types import Scores
 
@@ -16,6 +16,7 @@ ESTIMATORS = {
     "group-none": (group, group.Config(deviation="none", eps=0)),
     "group-sample-floor": (group, group.Config(ddof=1, eps=0, eps_mode="floor")),
     "leave_one_out": (leave_one_out, leave_one_out.Config()),
+    "g2rpo": (g2rpo, g2rpo.Config()),
 }
 by_estimator = pytest.mark.parametrize(("module", "config"), ESTIMATORS.values(), ids=ESTIMATORS)
 
@@ -43,7 +44,7 @@ def test_groups_sum_to_zero_and_order_is_kept(module, config):
 @by_estimator
 def test_equal_rewards_are_exactly_zero(module, config):
     """The mean of three 0.1 is not 0.1 in binary; the noise must not become an advantage."""
-    result = values(module, config, scores([0.1, 0.1, 0.1, 0.7, 0.2, 0.3], [0, 0, 0, 1, 1, 1]))
+    result = values(module, config, scores([0.1] * 3 + [0.7, 0.2, 0.3, 0.35], [0] * 3 + [1] * 4))
     assert result[:3].tolist() == [0, 0, 0]
     assert result[3:].abs().min() > 0.01
 

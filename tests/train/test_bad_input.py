@@ -293,6 +293,10 @@ def test_prompts_of_several_tasks(tmp_path):
             "put the modulator 'optimality' last",
         ),
         ({"advantage": {"name": "per_reward"}}, "has weight 0.5, but advantage 'per_reward'"),
+        (
+            {"advantage": {"name": "g2rpo", "per_reward": True}},
+            "has weight 0.5, but advantage 'g2rpo'",
+        ),
     ],
 )
 def test_parts_that_would_misread_each_other(tmp_path, changes, message):
@@ -302,3 +306,9 @@ def test_parts_that_would_misread_each_other(tmp_path, changes, message):
     data["rewards"][0]["weight"] = 0.5
     with pytest.raises(UserError, match=message):
         refuse_unless_consistent(parse(data))
+
+
+def test_weights_of_rewards_count_where_their_sum_is_ranked(tmp_path):
+    data = toy_config(tmp_path) | {"advantage": {"name": "g2rpo"}}
+    data["rewards"][0]["weight"] = 0.5
+    refuse_unless_consistent(parse(data))
