@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmrl.errors import UserError, require
 from mmrl.schema import StrictModel
+from mmrl.types import PolicyTerms, UpdateBatch
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 nats before ``exp``, so that no ratio overflows float32.
@@ -58,6 +59,20 @@ def gaussian_kl(mean_gap_sq: Tensor, std: Tensor) -> Tensor:
     """
     require(bool((std > 0).all()), "gaussian_kl: std must be positive")
     return mean_gap_sq / (2.0 * std.square())
+
+
+# --- from the policy that sampled ---------------------------------------------------------------
+
+
+def logp_before(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
+    """[B, K] log-probabilities of the sampling policy: the present ones when strictly on-policy."""
+    return (terms.logp if batch.logp_old is None else batch.logp_old).detach()
+
+
+def raw_log_ratio(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
+    """logp - logp_old [B, K], not clamped; 0 at masked decisions, 0 everywhere on-policy."""
+    gap = terms.logp - logp_before(terms, batch)
+    return torch.where(batch.mask, gap, torch.zeros_like(gap))
 
 
 # --- of denoising transitions N(mu, S^2 I) ------------------------------------------------------

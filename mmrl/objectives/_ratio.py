@@ -7,21 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl.divergences import clamp_log_ratio, k3
+from mmrl.divergences import clamp_log_ratio, k3, logp_before, raw_log_ratio
 from mmrl.reduction import masked_mean, where_active
 from mmrl.types import PolicyTerms, UpdateBatch
 
 Importance = Literal["decision", "sample"]
-
-
-def logp_before(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
-    """[B, K] log-probabilities of the sampling policy: the present ones when strictly on-policy."""
-    return (terms.logp if batch.logp_old is None else batch.logp_old).detach()
-
-
-def raw_log_ratio(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:
-    """logp - logp_old [B, K], not clamped; 0 at masked decisions, 0 everywhere on-policy."""
-    return where_active(terms.logp - logp_before(terms, batch), batch.mask)
 
 
 def log_ratio(terms: PolicyTerms, batch: UpdateBatch, importance: Importance) -> Tensor:
@@ -36,13 +26,29 @@ def log_ratio(terms: PolicyTerms, batch: UpdateBatch, importance: Importance) ->
     return clamp_log_ratio(per_decision)
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+def clipped_surrogate(
+    ratio: Tensor,
+    advantages: Tensor,
+    low: float,
+    high: float,
+    *,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+) -> Tensor:
     """max(-A r, -A clamp(r, 1 - low, 1 + high)), PPO's loss (arXiv:1707.06347, eq. 7).
 
-    ``ratio`` is [B, K] or [B, 1], ``advantages`` [B, 1]; so is the result.
+    ``dual_clip`` bounds it by -A dual_clip where A < 0 (arXiv:1912.09729); ``delta`` bounds
+    the r outside the clamp (arXiv:2505.07291).  ``ratio`` is [B, K] or [B, 1], ``advantages``
+    [B, 1]; the result has the shape of ``ratio``.
     """
     clipped = ratio.clamp(1.0 - low, 1.0 + high)
-    return torch.maximum(-advantages * ratio, -advantages * clipped)
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
+    surrogate = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if dual_clip is None:
+        return surrogate
+    bounded = torch.minimum(surrogate, -advantages * dual_clip)
+    return torch.where(advantages < 0, bounded, surrogate)
 
 
 def ratio_metrics(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:

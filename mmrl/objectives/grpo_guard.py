@@ -19,8 +19,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from mmrl.divergences import active_spread, clamp_log_ratio, gaussian_kl
-from mmrl.objectives._ratio import approx_kl, clipped_surrogate, ratio_metrics, raw_log_ratio
+from mmrl.divergences import active_spread, clamp_log_ratio, gaussian_kl, raw_log_ratio
+from mmrl.objectives._ratio import approx_kl, clipped_surrogate, ratio_metrics
 from mmrl.reduction import tallies, where_active
 from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch

@@ -3,6 +3,11 @@
 Either the closed form of flow matching (Xue et al. 2025, arXiv:2509.25050: mean squared velocity
 gap, plain or ELBO-weighted) or an estimate from log-probabilities (k1, k2, k3 of KL(policy ||
 reference); GRPO, arXiv:2402.03300, eq. 4, uses k3).
+
+An estimate holds for samples of the present policy.  With ``ratio_weighted`` it is multiplied by
+the importance ratio, exp(logp - logp_old), whose gradient counts as well: samples of an older
+policy then estimate the divergence without bias, and the gradient of k1 and k3 is that of the
+divergence, which without the ratio it is not (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from mmrl import divergences
@@ -35,6 +40,18 @@ class Config(StrictModel):
         description="velocity: mean squared velocity gap. velocity_elbo: the same divided by "
         "2 s^2, s = 0.7 sqrt(sigma / (1 - sigma)). k1, k2, k3: from log-probabilities.",
     )
+    ratio_weighted: bool = Field(
+        default=False,
+        description="Multiply the estimate by the importance ratio; for k1, k2 and k3 only.",
+    )
+
+    @field_validator("ratio_weighted")
+    @classmethod
+    def _only_of_log_probabilities(cls, value: bool, info: ValidationInfo) -> bool:
+        estimator = info.data.get("estimator")
+        if value and estimator not in SAMPLED:
+            raise ValueError(f"belongs to the estimators k1, k2 and k3, not to {estimator}")
+        return value
 
 
 def needs(config: Config) -> frozenset[str]:
@@ -53,13 +70,19 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     """
     if config.coef == 0:
         return LossTerms(loss=torch.zeros_like(terms.logp))
-    penalty = _penalty(terms, batch.mask, config)
+    penalty = _penalty(terms, batch, config)
     metrics = tallies({"kl_reference": penalty}, batch.mask, batch.weights)
     return LossTerms(loss=penalty, metrics=metrics)
 
 
-def _penalty(terms: PolicyTerms, mask: Tensor, config: Config) -> Tensor:
+def _penalty(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> Tensor:
+    mask = batch.mask
     if config.estimator == "velocity" or config.estimator == "velocity_elbo":
         return velocity_penalty(terms, mask, GAP, config.estimator)
     logp_ref = where_active(terms.need("logp_ref").detach(), mask)
-    return SAMPLED[config.estimator](where_active(terms.logp, mask), logp_ref)
+    estimate = SAMPLED[config.estimator](where_active(terms.logp, mask), logp_ref)
+    if not config.ratio_weighted:
+        return estimate
+    # Strictly on-policy the ratio is 1, and still has a gradient.
+    log_ratio = divergences.raw_log_ratio(terms, batch)
+    return divergences.clamp_log_ratio(log_ratio).exp() * estimate

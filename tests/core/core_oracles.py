@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mmrl.errors import UserError
@@ -125,10 +126,11 @@ def trained(batch: UpdateBatch) -> list[tuple[int, int]]:
 # --- objectives -----------------------------------------------------------------------------------
 
 
-def clipped(ratio: float, advantage: float, low: float, high: float) -> float:
+def clipped(ratio: float, advantage: float, low: float, high: float, cap: float = INF) -> float:
+    """``cap``: bound of the ratio of a negative advantage."""
     if advantage >= 0:
         return -advantage * min(ratio, 1 + high)
-    return -advantage * max(ratio, 1 - low)
+    return -advantage * min(max(ratio, 1 - low), cap)
 
 
 def ratios(terms: PolicyTerms, batch: UpdateBatch, importance: str) -> dict[tuple[int, int], float]:
@@ -172,6 +174,21 @@ def check_grpo(module: ModuleType) -> None:
         assert below > 0, "a case without active lower clip tests nothing"
         assert above > 0, "a case without active upper clip tests nothing"
     assert module.needs(config) == {"logp"}
+    for caps in ({"dual_clip": 1.5}, {"delta": 1.5}, {"dual_clip": 1.5, "delta": 1.7}):
+        check_capped_grpo(module, module.Config(clip_high=0.3, **caps))
+    for wrong in ({"dual_clip": 1.0}, {"delta": 1.3}, {"clip_high": 0.5, "delta": 1.5}):
+        with pytest.raises(ValidationError):
+            module.Config(**{"clip_high": 0.3} | wrong)
+
+
+def check_capped_grpo(module: ModuleType, config) -> None:
+    """Ratios of 1.6, above the caps, and of 1.4, outside the clip range only."""
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    new, advantages = [[math.log(r) for r in (0.5, 1.4, 1.6)]] * 3, (2.0, -2.0, -2.0)
+    batch = batch_of(mask, float64(advantages), logp_old=torch.zeros(3, 3).double())
+    out = module.loss(PolicyTerms(logp=float64(new)), batch, config)
+    close(out.loss, [[-1.0, -2.6, -2.6], [1.6, 2.8, 3.0], [1.6, 2.8, 3.0]])
+    close(out.metrics["clip_ratio/capped"], (2, 9))
 
 
 def check_ratio(module: ModuleType) -> None:
@@ -201,6 +218,10 @@ def check_clipping(module: ModuleType) -> None:
             assert metrics["clip_ratio/low"][b, k] == below
             assert metrics["clip_ratio/high"][b, k] == above
             assert metrics["clip_ratio/region"][b, k] == (below or above)
+    for caps in ({"dual_clip": 1.5}, {"delta": 1.5}, {"dual_clip": 1.5, "delta": 1.8}):
+        capped = module.clipped_surrogate(*given, **caps)
+        for b, advantage in enumerate(signs):
+            close(capped[b], [clipped(r, advantage, low, high, 1.5) for r in values])
 
 
 GUARD_SWITCHES = ("drift_correction", "std_normalisation", "reweight")
@@ -330,6 +351,11 @@ def check_divergences(module: ModuleType) -> None:
     for wrong in (0.0, -0.5, math.nan):
         with pytest.raises(UserError, match="S must be positive at every trained step"):
             module.active_spread(float64([[wrong, 0.0]]), mask, "S")
+    terms, batch = random_case()
+    gaps = module.raw_log_ratio(terms, batch)
+    for b, k in entries(batch.mask):
+        close(gaps[b, k], terms.logp[b, k].item() - batch.logp_old[b, k].item())
+    assert not gaps[~batch.mask].any()
 
 
 def elbo(gap: float, sigma: float) -> float:
@@ -361,6 +387,13 @@ def check_kl_reference(module: ModuleType) -> None:
         used = [formula(new[b][k] - ref[b][k]) for b, k in trained(batch)]
         close(out.metrics["kl_reference"], (sum(used), len(used)))
         assert module.needs(module.Config(estimator=name)) == {"logp", "logp_ref"}
+        weighted = module.loss(terms, batch, module.Config(estimator=name, ratio_weighted=True))
+        for b, k in entries(batch.mask):
+            ratio = math.exp(new[b][k] - batch.logp_old[b, k].item())
+            close(weighted.loss[b, k], ratio * formula(new[b][k] - ref[b][k]))
+    for name in ("velocity", "velocity_elbo"):
+        with pytest.raises(ValidationError, match="belongs to the estimators k1, k2 and k3"):
+            module.Config(estimator=name, ratio_weighted=True)
     check_velocity_regulariser(module, "velocity_gap_reference")
 
 
@@ -507,6 +540,9 @@ def check_groups(module: ModuleType) -> None:
     for ddof in (0, 1):
         close(groups.deviation(ddof), [deviation(found, ddof) for found in rewards])
         close(module.global_deviation(scores, ddof), deviation(everything, ddof))
+    assert module.task_numbers(scores).tolist() == [0] * 13
+    tasks = ["b", "a", "", "b"] * 3 + ["a"]
+    assert module.task_numbers(replace(scores, task=tasks)).tolist() == [2, 1, 0, 2] * 3 + [1]
     values = torch.linspace(-3, 1, 13, dtype=torch.float64)
     out = module.advantages_with_metrics(values, scores, groups)
     sizes = [abs(v) for v, valid in zip(values.tolist(), scores.valid, strict=True) if valid]
