@@ -10,14 +10,19 @@ from core_oracles import AGGREGATIONS, batch_of, close, fit, float64, random_cas
 
 from mmrl import divergences, reduction
 from mmrl.errors import UserError
-from mmrl.objectives import grpo, grpo_guard, nft, opd, reinforce
-from mmrl.regularisers import kl_ema, kl_reference, kl_transition
+from mmrl.objectives import cispo, grpo, grpo_guard, nft, opd, reinforce, sapo, sft
+from mmrl.regularisers import entropy, kl_ema, kl_reference, kl_transition
 from mmrl.types import PolicyTerms
 
 POLICY_GRADIENTS = {
     "decision": (grpo, grpo.Config(clip_low=0.1, clip_high=0.3)),
     "sample": (grpo, grpo.Config(clip_low=0.01, clip_high=0.1, importance="sample")),
+    "dual_clip": (grpo, grpo.Config(clip_low=0.1, clip_high=0.3, dual_clip=1.5)),
+    "delta": (grpo, grpo.Config(clip_low=0.1, clip_high=0.3, delta=1.5)),
     "reinforce": (reinforce, reinforce.Config()),
+    "cispo": (cispo, cispo.Config(low=0.2)),
+    "cispo_absolute": (cispo, cispo.Config(bounds="absolute", high=1.5)),
+    "sapo": (sapo, sapo.Config()),
 }
 OBJECTIVES = {
     **POLICY_GRADIENTS,
@@ -27,20 +32,33 @@ DISTILLATIONS = {
     "nft": (nft, nft.Config()),
     "opd": (opd, opd.Config()),
     "opd_drop_dt": (opd, opd.Config(denominator="drop_dt")),
+    "sft": (sft, sft.Config()),
 }
 PENALTIES = {
     **{
         name: (kl_reference, kl_reference.Config(coef=1, estimator=name))
         for name in ("velocity", "velocity_elbo", "k1", "k2", "k3")
     },
+    **{
+        f"{name}_weighted": (
+            kl_reference,
+            kl_reference.Config(coef=1, estimator=name, ratio_weighted=True),
+        )
+        for name in ("k1", "k2", "k3")
+    },
     "ema": (kl_ema, kl_ema.Config()),
     "ema_elbo": (kl_ema, kl_ema.Config(estimator="velocity_elbo")),
     "transition": (kl_transition, kl_transition.Config()),
     "transition_drop_dt": (kl_transition, kl_transition.Config(denominator="drop_dt")),
+    "entropy": (entropy, entropy.Config()),
+    "entropy_top": (entropy, entropy.Config(top_share=0.4)),
 }
 LOSSES = {**OBJECTIVES, **DISTILLATIONS, **PENALTIES}
+SMOOTH = {name: loss for name, loss in LOSSES.items() if loss[0] is not cispo}
+"""Losses whose gradient is that of their value; test_cispo has the other."""
 DIFFERENTIABLE = (
     "logp",
+    "entropy",
     "velocity_gap_reference",
     "velocity_gap_ema",
     "implicit_positive",
@@ -68,7 +86,7 @@ def gradients(module, config, terms, batch, aggregation="decision_mean"):
     return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
 
 
-@by_loss
+@pytest.mark.parametrize(("module", "config"), SMOOTH.values(), ids=SMOOTH)
 def test_gradient_matches_finite_differences(module, config):
     terms, batch = random_case()
     names = [name for name in DIFFERENTIABLE if name in module.needs(config)]

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import core_oracles as oracle
 import pytest
+import text_oracles
 
 CHECKS = {
     "mmrl.objectives.grpo": oracle.check_grpo,
@@ -19,15 +20,21 @@ CHECKS = {
     "mmrl.objectives.grpo_guard": oracle.check_grpo_guard,
     "mmrl.objectives.nft": oracle.check_nft,
     "mmrl.objectives.opd": oracle.check_opd,
+    "mmrl.objectives.cispo": text_oracles.check_cispo,
+    "mmrl.objectives.sapo": text_oracles.check_sapo,
+    "mmrl.objectives.sft": text_oracles.check_sft,
     "mmrl.divergences": oracle.check_divergences,
     "mmrl.regularisers._velocity": oracle.check_velocity,
     "mmrl.regularisers.kl_reference": oracle.check_kl_reference,
     "mmrl.regularisers.kl_ema": oracle.check_velocity_regulariser,
     "mmrl.regularisers.kl_transition": oracle.check_kl_transition,
+    "mmrl.regularisers.entropy": text_oracles.check_entropy,
     "mmrl.advantages.group": oracle.check_group,
     "mmrl.advantages.leave_one_out": oracle.check_leave_one_out,
     "mmrl.advantages.per_reward": oracle.check_per_reward,
     "mmrl.advantages.none": oracle.check_none,
+    "mmrl.advantages.g2rpo": text_oracles.check_g2rpo,
+    "mmrl.advantages._transport": text_oracles.check_transport,
     "mmrl.advantages._groups": oracle.check_groups,
     "mmrl.modulators.clip": oracle.check_clip,
     "mmrl.modulators.drop_zero": oracle.check_drop_zero,

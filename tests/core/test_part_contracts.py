@@ -34,7 +34,9 @@ def parts(*kinds: str):
 
 def test_shipped_parts_are_found():
     assert {("objectives", "grpo"), ("objectives", "reinforce")} <= set(PARTS)
+    assert {("objectives", "cispo"), ("objectives", "sapo"), ("objectives", "sft")} <= set(PARTS)
     assert {("advantages", "group"), ("advantages", "leave_one_out")} <= set(PARTS)
+    assert {("advantages", "g2rpo"), ("regularisers", "entropy")} <= set(PARTS)
     assert {("modulators", "clip"), ("modulators", "drop_zero")} <= set(PARTS)
     assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)

@@ -8,7 +8,7 @@ from core_oracles import F_ADVANTAGES, F_MASK, fixture_f, float64, reduced
 
 from mmrl import divergences, reduction
 from mmrl.advantages import group, leave_one_out
-from mmrl.objectives import grpo
+from mmrl.objectives import cispo, grpo, sapo
 from mmrl.regularisers import kl_reference
 from mmrl.types import Scores
 
@@ -20,9 +20,9 @@ def six_digits(actual, expected) -> None:
     torch.testing.assert_close(torch.as_tensor(actual), float64(expected), rtol=0, atol=6e-7)
 
 
-def objective(aggregation: str, horizon: int | None = None, importance: str = "decision"):
+def objective(aggregation: str, horizon: int | None = None, **options):
     terms, batch = fixture_f()
-    config = grpo.Config(clip_low=0.2, clip_high=0.28, importance=importance)
+    config = grpo.Config(clip_low=0.2, clip_high=0.28, **options)
     loss = grpo.loss(terms, batch, config).loss
     return reduced(reduction, loss, F_MASK, ONES, aggregation, horizon), terms, batch
 
@@ -37,7 +37,28 @@ def objective(aggregation: str, horizon: int | None = None, importance: str = "d
     ],
 )
 def test_clipped_objective(aggregation, horizon, importance, value):
-    six_digits(objective(aggregation, horizon, importance)[0].detach(), value)
+    six_digits(objective(aggregation, horizon, importance=importance)[0].detach(), value)
+
+
+@pytest.mark.parametrize("option", ["delta", "dual_clip"])
+def test_two_sided_clipping(option):
+    """Published for delta 1.5; a dual clip above 1 + clip_high bounds the same ratios."""
+    six_digits(objective("decision_mean", **{option: 1.5})[0].detach(), -0.373456)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "aggregation", "value"),
+    [
+        (sapo, {}, "sample_mean_of_means", -0.379646),
+        (cispo, {"low": 0.2, "high": 0.28}, "decision_mean", 0.348003),
+        (cispo, {"low": 0.2, "high": 0.28}, "sample_mean_of_means", 0.142972),
+        (cispo, {"bounds": "absolute", "low": 0.8, "high": 1.28}, "decision_mean", 0.348003),
+    ],
+)
+def test_other_weightings_of_the_policy_gradient(module, options, aggregation, value):
+    terms, batch = fixture_f()
+    loss = module.loss(terms, batch, module.Config(**options)).loss
+    six_digits(reduced(reduction, loss, F_MASK, ONES, aggregation).detach(), value)
 
 
 def test_gradient_of_the_clipped_token_mean():
