@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks import tables
 from benchmarks.rates import count_flops, matmul_rate, seconds
-from diffusion.config import DTYPES
 from mmrl import config as configuration
 from mmrl import runner
 from mmrl.trainer import Trainer, make_requests
+from mmrl.types import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

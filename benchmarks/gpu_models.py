@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import tables
 from diffusion.attention import pick_attention
 from diffusion.backend import DiffusionBackend
-from diffusion.config import DTYPES, Config
+from diffusion.config import Config
 from diffusion.estimate import CLIP_TOKENS
 from diffusion.lora import prepare_weights
 from diffusion.models.base import Condition, Family
@@ -31,7 +31,7 @@ from mmrl.adapters import ADAPTER
 from mmrl.config import RunConfig
 from mmrl.resolve import resolve
 from mmrl.trainer import make_requests, needs_of
-from mmrl.types import TASK, Prompt, RolloutRequest
+from mmrl.types import DTYPES, TASK, Prompt, RolloutRequest
 
 RECIPES = tables.ROOT / "configs" / "diffusion"
 METHODS = ("awm", "flow-grpo", "opd")

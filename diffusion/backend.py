@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion import sampling
 from diffusion.attention import Availability, pick_attention
-from diffusion.config import DTYPES, Config, FlowMatchingConfig
+from diffusion.config import Config, FlowMatchingConfig
 from diffusion.decisions import OTHER_POLICIES, Decisions, Rows
 from diffusion.estimate import describe, estimate_memory
 from diffusion.likelihoods import mean_square
@@ -29,7 +29,15 @@ from diffusion.transition import Transition
 from mmrl.adapters import ADAPTER, adapters_off
 from mmrl.noise import NoiseKey
 from mmrl.resolve import resolve
-from mmrl.types import Anchor, PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
+from mmrl.types import (
+    DTYPES,
+    Anchor,
+    PolicyTerms,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    UpdateBatch,
+)
 from mmrl.weights import (
     Snapshot,
     ema_decay,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
@@ -20,8 +19,6 @@ from mmrl.adapters import LoraConfig
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel, nearest
 from mmrl.types import Prompt
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_sampler(sampling: RolloutConfig, section: str) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from diffusion.config import DTYPES, Config, FlowMatchingConfig
+from diffusion.config import Config, FlowMatchingConfig
 from diffusion.lora import LORA_FILE, adapter_size, teacher_folder, weights_folder
 from diffusion.models.base import locate, read_json, vae_scale_factor
 from diffusion.teachers import compare_with_runs
 from mmrl.adapters import add_lora
 from mmrl.resolve import resolve
+from mmrl.types import DTYPES
 from mmrl.weights import trainable
 
 CLIP_TOKENS = 77

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from diffusion import noise
-from diffusion.config import DTYPES, Config, TransitionConfig
+from diffusion.config import Config, TransitionConfig
 from diffusion.decisions import Drawn, Rows, fold
 from diffusion.kernels import Kernel, cps_logp, transition_logp, transition_mean
 from diffusion.likelihoods import mean_square
 from diffusion.sampling import Velocity
 from mmrl.noise import NoiseKey
+from mmrl.types import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

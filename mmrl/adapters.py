@@ -49,6 +49,7 @@ def add_lora(model: Any, lora: LoraConfig, default_targets: Sequence[str]) -> No
     ``UserError`` if a target module does not exist.
     """
     from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
 
     targets = lora.target_modules or list(default_targets)
     model.requires_grad_(False)
@@ -59,7 +60,8 @@ def add_lora(model: Any, lora: LoraConfig, default_targets: Sequence[str]) -> No
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     try:
-        model.add_adapter(config, ADAPTER)
+        # Not `model.add_adapter`: transformers may ask for a peft that is not released yet.
+        inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise UserError(f"model.lora.target_modules = {targets}: {error}") from error
     leave_dtypes_to_autocast(model)

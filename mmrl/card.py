@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
+from mmrl.errors import UserError
 from mmrl.report import number
-from mmrl.resolve import entries
+from mmrl.resolve import backend_module, entries
 from mmrl.run_folder import Change, RunFolder, before_after, read_run
 
 # Sections of a configuration that hold named parts, with the kind each belongs to.
@@ -22,31 +23,6 @@ _PARTS = {
     "regularisers": "regularisers",
     "rewards": "rewards",
 }
-_TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_ADAPTER = """\
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipe = StableDiffusion3Pipeline.from_pretrained(
-{base}    dtype=torch.{dtype},
-)
-pipe.load_lora_weights(".")  # this folder
-image = pipe(
-{call}).images[0]
-"""
-_WHOLE_MODEL = """\
-import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-
-dtype = torch.{dtype}
-transformer = SD3Transformer2DModel.from_pretrained("transformer", dtype=dtype)  # in here
-pipe = StableDiffusion3Pipeline.from_pretrained(
-{base}    transformer=transformer,
-    dtype=dtype,
-)
-image = pipe(
-{call}).images[0]
-"""
 
 
 def model_card(run: Path) -> str:
@@ -59,7 +35,7 @@ def model_card(run: Path) -> str:
         _front_matter(folder.config),
         f"# {folder.name}\n",
         _introduction(folder),
-        f"## How to use it\n\n```python\n{usage(folder.config)}```\n",
+        _usage_section(usage(folder.config)),
         _results(before_after(folder.metrics)),
         _sources(folder.config),
         _versions(folder.environment),
@@ -67,73 +43,40 @@ def model_card(run: Path) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _usage_section(source: str) -> str:
+    return f"## How to use it\n\n```python\n{source}```\n" if source else ""
+
+
 def usage(config: Mapping[str, Any]) -> str:
-    """Python code that loads the exported weights and samples the way the run did."""
-    backend = config.get("backend", {})
-    model = backend.get("model", {})
-    template = _WHOLE_MODEL if model.get("lora") is None else _ADAPTER
-    path = str(model.get("path", ""))
-    base = [json.dumps(path), *(f"{name}=None" for name in _absent_parts(Path(path)))]
-    sampling = {"prompt": json.dumps("a prompt"), **_sampling(backend)}
-    return template.format(
-        base=_lines(base),
-        dtype=_TORCH_DTYPES.get(model.get("dtype"), "bfloat16"),
-        call=_lines([f"{key}={value}" for key, value in sampling.items()]),
-    )
+    """Python code that loads the exported weights and samples the way the run did.
 
-
-def _lines(arguments: Sequence[str]) -> str:
-    return "".join(f"    {argument},\n" for argument in arguments)
-
-
-def _absent_parts(pipeline: Path) -> list[str]:
-    """Encoders and tokenizers that a local pipeline was saved without.
-
-    diffusers refuses to load such a folder unless each is passed as ``None``.
+    Empty where the backend has none to show.
     """
-    index = pipeline / "model_index.json"
-    if not index.is_file():
-        return []
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    encoders = ("text_encoder", "tokenizer")
-    return [
-        name for name, source in parts.items() if _is_absent(source) and name.startswith(encoders)
-    ]
+    card = _backend_card(config)
+    return card.usage(config["backend"]) if card else ""
 
 
-def _is_absent(source: Any) -> bool:
-    return source == [None, None]
-
-
-def _sampling(backend: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments of the pipeline call, as source text; keys that the run left open are absent."""
-    changes = {k: v for k, v in (backend.get("evaluation") or {}).items() if v is not None}
-    rollout = {**(backend.get("rollout") or {}), **changes}
-    keys = {
-        "num_inference_steps": "num_steps",
-        "guidance_scale": "guidance",
-        "height": "height",
-        "width": "width",
-    }
-    found = {key: rollout.get(ours) for key, ours in keys.items()}
-    found["max_sequence_length"] = backend.get("model", {}).get("max_sequence_length")
-    arguments = {key: repr(value) for key, value in found.items() if value is not None}
-    if rollout.get("grid") == "linspace_shifted" and rollout.get("num_steps"):
-        # The pipeline's scheduler applies the shift to these itself.
-        steps = rollout["num_steps"]
-        arguments["sigmas"] = f"[1 - i / {steps} for i in range({steps})]"
-    return arguments
+def _backend_card(config: Mapping[str, Any]) -> ModuleType | None:
+    """What a backend says about its weights: ``LIBRARY``, ``PIPELINE_TAG`` and ``usage``."""
+    name = (config.get("backend") or {}).get("name")
+    try:
+        return backend_module(name, "card") if name else None
+    except UserError:
+        return None
 
 
 def _front_matter(config: Mapping[str, Any]) -> str:
     model = config.get("backend", {}).get("model", {})
     kind = "full-fine-tuning" if model.get("lora") is None else "lora"
+    card = _backend_card(config)
+    library, tag = (card.LIBRARY, card.PIPELINE_TAG) if card else (None, None)
+    tags = ["mmrl", "reinforcement-learning", tag, library, kind]
     data = {
         "base_model": model.get("path"),
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "library_name": library,
+        "pipeline_tag": tag,
         "license": "other",
-        "tags": ["mmrl", "reinforcement-learning", "text-to-image", "diffusers", kind],
+        "tags": [name for name in tags if name],
     }
     known = {key: value for key, value in data.items() if value is not None}
     return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n"

@@ -12,7 +12,7 @@ processes: sum ``denominator`` over all of them *before* the first backward, cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -118,6 +118,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the decisions of each sample, [B, K] -> [B, 1]; 0 for a sample without any."""
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
     return where_active(values, mask).sum(dim=1, keepdim=True) / count
+
+
+def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """[K_b] tensors, of samples that differ in their decisions, as one [B, max K], 0 beyond."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def tallies(

@@ -29,7 +29,7 @@ KINDS: dict[str, str] = {
     "models": "diffusion.models",
 }
 # A backend is a package: its ``config`` is read by every command, its ``backend`` only to run.
-BACKENDS: dict[str, str] = {"diffusion": "diffusion"}
+BACKENDS: dict[str, str] = {"diffusion": "diffusion", "text": "mmrl.text"}
 NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
 
 

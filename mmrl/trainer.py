@@ -73,8 +73,8 @@ class MicroBatch:
 
     @property
     def whole_mask(self) -> torch.Tensor:
-        """[B, K] with all decisions of the samples."""
-        return torch.stack([s.group.mask[s.index] for s in self.samples])
+        """[B, K] with all decisions of the samples, K those of the longest."""
+        return reduction.side_by_side([s.group.mask[s.index] for s in self.samples])
 
     @property
     def weights(self) -> torch.Tensor:
@@ -112,11 +112,12 @@ class Trainer:
         """One rollout and its updates; returns what to log."""
         started, cpu_started = time.perf_counter(), time.process_time()
         requests = self._requests()
-        groups, rollout_time = _timed(lambda: roll_out(self, requests))
+        means = Means()
+        groups, rollout_time = _timed(lambda: roll_out(self, requests, means))
         collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
         scores = assemble(collected)
         advantages = self._advantages(scores, collected)
-        means, rate = Means(), float(self.scheduler.get_last_lr()[0])
+        rate = float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(self.progress.updates)
@@ -195,7 +196,7 @@ class Trainer:
         for epoch in range(training.num_epochs):
             windows = self._plan(groups, scores, advantages, epoch)
             if self.replay_gap is None:
-                self._check_replay(windows, len(groups[0].mask[0]))
+                self._check_replay(windows)
             if epoch == 0 and self._off_policy and not self._trusts(groups[0]):
                 anchors = self._anchor(windows)
             for window in windows:
@@ -237,9 +238,11 @@ class Trainer:
             world=world,
         )
 
-    def _check_replay(self, windows: list[Window], num_decisions: int) -> None:
+    def _check_replay(self, windows: list[Window]) -> None:
         """Refuse to train if the samples of a rollout score differently when asked again."""
-        gaps = torch.zeros(num_decisions, dtype=torch.float64)
+        decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
+        # One number for all where samples differ in their decisions.
+        gaps = torch.zeros(decisions or 1, dtype=torch.float64)
         needs = frozenset({"logp"})
         with self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
@@ -250,7 +253,8 @@ class Trainer:
                     with torch.no_grad():
                         known = self.backend.evaluate(batch, needs).logp
                 replayed = self.backend.evaluate(batch, needs).logp.detach()
-                gap = (replayed - known).double().masked_fill(~batch.mask, 0.0).abs().amax(0)
+                gap = (replayed - known).double().masked_fill(~batch.mask, 0.0).abs()
+                gap = gap.amax() if decisions is None else gap.amax(0)
                 # Every maximum here keeps a NaN.
                 gaps[rows.decisions] = torch.maximum(gaps[rows.decisions], gap.cpu())
         self.replay_gap = torch.stack(gather_items(self.accelerator, [gaps])).amax(0)
@@ -288,7 +292,9 @@ class Trainer:
                     x for (_, start), x in anchors.items() if start == rows.decisions.start
                 )
                 found = [anchors.get(key, filler) for key in rows.keys]
-                logp_old = torch.stack([anchor.logp for anchor in found])
+                # Of the rows of another batch, longer ones may have been side by side.
+                logps = reduction.side_by_side([anchor.logp for anchor in found])
+                logp_old = logps[:, : mask.shape[1]]
                 memory = [anchor.memory for anchor in found]
             elif self._off_policy:
                 logp_old = _of_rollout(rows).to(device)
@@ -424,7 +430,9 @@ def make_requests(
     ]
 
 
-def roll_out(trainer: Trainer, requests: list[RolloutRequest]) -> list[RolloutGroup]:
+def roll_out(
+    trainer: Trainer, requests: list[RolloutRequest], means: Means
+) -> list[RolloutGroup]:
     """This process's share of the groups; rewards start as soon as a group is ready."""
     accelerator = trainer.accelerator
     shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
@@ -434,6 +442,7 @@ def roll_out(trainer: Trainer, requests: list[RolloutRequest]) -> list[RolloutGr
         for share, group in zip(shares, rolled, strict=True):
             groups.append(group)
             if not share.padding:
+                means.add(group.metrics)
                 trainer.scorer.submit(group)
     return groups
 
@@ -531,7 +540,7 @@ def _of_rollout(rows: MicroBatch) -> torch.Tensor:
     for sample in rows.samples:
         assert sample.group.logp_old is not None, "only asked where the rollout recorded them"
         known.append(sample.group.logp_old[sample.index])
-    return torch.stack(known)[:, rows.decisions]
+    return reduction.side_by_side(known)[:, rows.decisions]
 
 
 def _mean(values: torch.Tensor) -> float:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from mmrl.errors import require
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats by their names in YAML."""
+
 TASK = "task"
 """Column in which prompts of several tasks say which is theirs."""
 
@@ -62,7 +65,7 @@ class RolloutGroup:
     ``outputs``: what a reward reads (PIL images or strings), length G.  ``payload``: what the
     backend needs to evaluate the samples again; opaque to everybody else.  ``logp_old`` [G, K]:
     log-probabilities under the sampling policy where the sampler knows them, else ``None``.
-    ``mask`` [G, K] bool: decisions that exist.
+    ``mask`` [G, K] bool: decisions that exist.  ``metrics``: (sum, count) pairs to log.
     """
 
     request: RolloutRequest
@@ -70,6 +73,7 @@ class RolloutGroup:
     payload: Any
     mask: Tensor
     logp_old: Tensor | None = None
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         size = self.request.group_size

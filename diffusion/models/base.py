@@ -88,12 +88,14 @@ class Condition:
 class Family(ABC):
     """The parts of a diffusers pipeline that training uses.
 
-    ``PIPELINE`` and ``TRANSFORMER`` are names of diffusers classes.  Latents are [B, C, h, w]
+    ``PIPELINE`` and ``TRANSFORMER`` are names of diffusers classes, ``GUIDANCE_ARGUMENT`` is what
+    the pipeline calls the strength of guidance.  Latents are [B, C, h, w]
     everywhere outside, whatever a transformer packs them into.
     """
 
     PIPELINE: ClassVar[str]
     TRANSFORMER: ClassVar[str]
+    GUIDANCE_ARGUMENT: ClassVar[str] = "guidance_scale"
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype, device: torch.device

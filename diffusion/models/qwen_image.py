@@ -25,6 +25,7 @@ class QwenImage(PackedFamily):
 
     PIPELINE = "QwenImagePipeline"
     TRANSFORMER = "QwenImageTransformer2DModel"
+    GUIDANCE_ARGUMENT = "true_cfg_scale"
 
     def use_attention(self, name: str, network: Any) -> None:
         """``UserError`` for all but ``sdpa``.

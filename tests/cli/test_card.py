@@ -61,6 +61,7 @@ def test_results_methods_and_versions(run):
 def test_a_run_without_results(make_run):
     text = model_card(make_run("bare", config={"name": "bare"}, metrics=[]))
     assert "Results" not in text
+    assert "How to use" not in text
     assert "not recorded" in text
 
 
@@ -101,6 +102,28 @@ def test_usage_names_the_parts_that_the_base_model_lacks(tmp_path, lora):
     }
     assert "text_encoder=None" not in source
     assert "image_encoder" not in source
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline", "guidance"),
+    [
+        ("sd3", "StableDiffusion3Pipeline", {"guidance_scale": "4.0"}),
+        ("flux", "FluxPipeline", {"guidance_scale": "4.0"}),
+        ("qwen_image", "QwenImagePipeline", {"true_cfg_scale": "4.0", "negative_prompt": "''"}),
+    ],
+)
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_usage_names_the_pipeline_of_the_family(family, pipeline, guidance, lora):
+    import inspect
+
+    import diffusers
+
+    model = {"path": "p", "family": family, "lora": lora}
+    source = usage(with_backend(model=model, rollout={"guidance": 4.0}))
+    assert call(source) == {"prompt": "'a prompt'"} | guidance
+    assert call(source, "from_pretrained", pipeline).keys() >= {"dtype"}
+    parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    assert call(source).keys() <= parameters.keys()
 
 
 def test_usage_samples_as_the_evaluation_did():

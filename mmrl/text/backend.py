@@ -1,0 +1,333 @@
+"""Text language models on transformers; a decision is a token.
+
+Completions are sampled from a cache that their group shares, and scored in rows without padding
+where each prompt stands once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.adapters import ADAPTER, adapters_off
+from mmrl.noise import NoiseKey
+from mmrl.reduction import side_by_side
+from mmrl.text.config import Config, RolloutConfig
+from mmrl.text.estimate import describe, estimate_memory
+from mmrl.text.generation import Completion, Settings, generate
+from mmrl.text.head import Scored
+from mmrl.text.layout import Row
+from mmrl.text.loading import encode, end_tokens, load_network, load_tokenizer
+from mmrl.text.scoring import refuse_wrong_scores, score_rows
+from mmrl.types import (
+    DTYPES,
+    Anchor,
+    PolicyTerms,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    UpdateBatch,
+)
+from mmrl.weights import Snapshot, reshard, trainable, whole
+
+PAPER = "Shao et al. 2024, arXiv:2402.03300"
+__all__ = ["PAPER", "Config", "TextBackend", "build", "describe", "estimate_memory"]
+
+
+class Policy(nn.Module):
+    """The network, asked by functions: all work passes one forward, which wrappers can follow."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, work: Any) -> Any:
+        """``work(network)``."""
+        return work(self.network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Payload of a group: its ``prompt`` as token ids, and its samples."""
+
+    prompt: list[int]
+    samples: tuple[Completion, ...]
+
+
+class TextBackend:
+    """See ``mmrl.backend.Backend``."""
+
+    off_policy = False
+
+    def __init__(
+        self,
+        config: Config,
+        network: Any,
+        tokenizer: Any,
+        prompts: dict[str, list[int]],
+        *,
+        keeps_reference: bool,
+    ) -> None:
+        """``prompts``: token ids by prompt id.  ``keeps_reference``: for ``logp_ref``."""
+        self.config = config
+        self.notes = _notes(config)
+        self.model: nn.Module = Policy(network)
+        self._network = network
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._ends = end_tokens(tokenizer, network)
+        self._keeps_reference = keeps_reference and config.model.lora is None
+        self._reference: Snapshot | None = None
+        self._dtype = DTYPES[config.model.dtype]
+
+    # Rollout
+
+    def rollout(
+        self, requests: Sequence[RolloutRequest], *, evaluation: bool = False
+    ) -> Iterator[RolloutGroup]:
+        """Yield one group for each request, in order; groups grow side by side in batches."""
+        self._take_copies()
+        settings = self.config.sampling(evaluation=evaluation)
+        for batch in _batches(requests, settings.batch_size):
+            completions = iter(self._complete(batch, settings))
+            for request in batch:
+                samples = tuple(next(completions) for _ in range(request.group_size))
+                yield self._group(request, samples)
+
+    def _complete(
+        self, requests: Sequence[RolloutRequest], settings: RolloutConfig
+    ) -> list[Completion]:
+        """Samples of some groups, one after another."""
+        prompts = [self._prompt(request.prompt) for request in requests]
+        keys = [_key(request, i) for request in requests for i in range(request.group_size)]
+        owners = [i for i, request in enumerate(requests) for _ in range(request.group_size)]
+        uniforms = torch.stack([_uniforms(key, settings.max_tokens) for key in keys])
+        with torch.no_grad(), self._autocast():
+            return self.model(
+                lambda network: generate(
+                    network, prompts, owners, uniforms, self._settings(settings)
+                )
+            )
+
+    def _settings(self, sampling: RolloutConfig) -> Settings:
+        stops = tuple(sampling.stop)
+
+        def stopped(ids: Sequence[int]) -> bool:
+            tail = self._tokenizer.decode(ids[-STOP_WINDOW:])
+            return any(stop in tail for stop in stops)
+
+        return Settings(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            ends=self._ends,
+            stopped=stopped if stops else None,
+        )
+
+    def _group(self, request: RolloutRequest, samples: tuple[Completion, ...]) -> RolloutGroup:
+        lengths = torch.tensor([len(sample.ids) for sample in samples])
+        decode = self._tokenizer.decode
+        return RolloutGroup(
+            request=request,
+            outputs=[decode(sample.ids, skip_special_tokens=True) for sample in samples],
+            payload=Completions(prompt=self._prompt(request.prompt), samples=samples),
+            mask=torch.arange(int(lengths.max())) < lengths[:, None],
+            metrics={
+                "completions/mean_length": (float(lengths.sum()), float(len(samples))),
+                "completions/clipped_ratio": (
+                    float(sum(not sample.finished for sample in samples)),
+                    float(len(samples)),
+                ),
+            },
+        )
+
+    def _prompt(self, prompt: Prompt) -> list[int]:
+        if prompt.id not in self._prompts:
+            raise ValueError(f"prompt {prompt.text!r} was not among those given to build()")
+        return self._prompts[prompt.id]
+
+    # Update
+
+    def collate(
+        self, rows: Sequence[tuple[RolloutGroup, int]], decisions: slice = slice(None)
+    ) -> tuple[Any, Tensor]:
+        """Token ids of samples, and a mask as wide as the widest of their groups'."""
+        assert decisions in (slice(None), slice(0, None)), "tokens are evaluated together"
+        payload = [
+            Row(prompt=group.payload.prompt, completion=group.payload.samples[index].ids)
+            for group, index in rows
+        ]
+        masks = [group.mask[index] for group, index in rows]
+        return payload, side_by_side(masks)
+
+    def evaluate(self, batch: UpdateBatch, needs: frozenset[str]) -> PolicyTerms:
+        """logp [B, K] float32, and what ``needs`` asks for."""
+        reference = self._reference_logp(batch) if "logp_ref" in needs else None
+        found = self._score(batch, with_entropy="entropy" in needs)
+        return PolicyTerms(logp=found.logp, entropy=found.entropy, logp_ref=reference)
+
+    @torch.no_grad()
+    def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
+        """logp [K] of each row."""
+        del needs
+        return [Anchor(logp=row) for row in self._score(batch, with_entropy=False).logp]
+
+    def _score(self, batch: UpdateBatch, *, with_entropy: bool) -> Scored:
+        config = self.config
+        with self._autocast():
+            return self.model(
+                lambda network: score_rows(
+                    network,
+                    batch.payload,
+                    batch.mask.shape[1],
+                    how=config.update,
+                    temperature=config.rollout.temperature,
+                    chunk=config.head_chunk,
+                    with_entropy=with_entropy,
+                )
+            )
+
+    @torch.no_grad()
+    def _reference_logp(self, batch: UpdateBatch) -> Tensor:
+        """Under the model as it was loaded."""
+        if self.config.model.lora is not None:
+            with adapters_off(self._network):
+                return self._score(batch, with_entropy=False).logp
+        self._take_copies()
+        assert self._reference is not None, "build() was told that nothing needs it"
+        with self._reference.applied(trainable(self._network)):
+            try:
+                return self._score(batch, with_entropy=False).logp
+            finally:
+                reshard(self._network)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device = next(self._network.parameters()).device.type
+        half = self._dtype != torch.float32
+        # No cache: it would keep half-precision copies of weights that were swapped.
+        return torch.autocast(device, self._dtype, enabled=half, cache_enabled=False)
+
+    # Weights
+
+    def behaviour(self) -> AbstractContextManager[None]:
+        """The policy samples itself."""
+        return nullcontext()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """There is no average."""
+        return nullcontext()
+
+    def after_update(self, step: int) -> None:
+        """Nothing moves."""
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        """The reference of full fine-tuning, whole and on the CPU."""
+        self._take_copies()
+        return {} if self._reference is None else self._reference.state()
+
+    def load_auxiliary_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of ``auxiliary_state``; ``ValueError`` if it belongs to other parameters."""
+        self._take_copies()
+        if self._reference is not None:
+            self._reference.load(state)
+
+    def _take_copies(self) -> None:
+        """Copy the initial weights, once, after sharding may have replaced the parameters."""
+        if self._keeps_reference and self._reference is None:
+            self._reference = Snapshot(trainable(self._network))
+
+    def export(self, folder: Path, card: str) -> None:
+        """A model folder or a peft adapter, with the tokenizer, for ``from_pretrained``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = whole(trainable(self._network))
+        if self.config.model.lora is None:
+            state = {**self._network.state_dict(), **trained}
+            self._network.save_pretrained(folder, state_dict=state)
+        else:
+            self._export_adapter(folder, trained)
+        self._tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _export_adapter(self, folder: Path, trained: dict[str, Tensor]) -> None:
+        from peft.utils import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        network = self._network
+        state = get_peft_model_state_dict(network, state_dict=trained, adapter_name=ADAPTER)
+        named = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        about = copy(network.peft_config[ADAPTER])
+        about.base_model_name_or_path = self.config.model.path
+        about.task_type = "CAUSAL_LM"
+        about.save_pretrained(str(folder))
+
+
+STOP_WINDOW = 64
+"""Last tokens of a completion in which a stop text is looked for."""
+
+
+def build(
+    config: Config,
+    *,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+    seed: int,
+    needs: frozenset[str],
+) -> TextBackend:
+    """Load tokenizer and network, encode all ``prompts``.
+
+    ``needs``: terms that ``evaluate`` will be asked for.  ``seed`` starts the adapter.
+    ``UserError`` for a model or a chat template that is missing, a prompt that is too long, or a
+    network that is scored otherwise than it samples.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    network = load_network(config, seed, device)
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    room = (positions or 1 << 30) - config.rollout.max_tokens
+    limit = min(config.prompts.max_tokens or room, room)
+    encoded = encode(tokenizer, prompts, config.prompts, limit)
+    refuse_wrong_scores(network, config)
+    return TextBackend(config, network, tokenizer, encoded, keeps_reference="logp_ref" in needs)
+
+
+def _notes(config: Config) -> tuple[str, ...]:
+    notes = [f"update: {config.update}"]
+    if config.rollout.truncates:
+        notes.append(
+            f"rollout.top_k = {config.rollout.top_k}, top_p = {config.rollout.top_p}: samples come "
+            "from another distribution than the one that is trained"
+        )
+    return tuple(notes)
+
+
+def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[RolloutRequest]]:
+    """Consecutive requests of at most ``rows`` samples together, or one alone."""
+    filled, number, numbers = 0, 0, []
+    for request in requests:
+        if filled and filled + request.group_size > rows:
+            number, filled = number + 1, 0
+        filled += request.group_size
+        numbers.append(number)
+    paired = zip(numbers, requests, strict=True)
+    for _, batch in groupby(paired, key=lambda pair: pair[0]):
+        yield [request for _, request in batch]
+
+
+def _key(request: RolloutRequest, index: int) -> NoiseKey:
+    return NoiseKey(
+        seed=request.seed, stream=request.stream, prompt_id=request.prompt.id, sample=index
+    )
+
+
+def _uniforms(key: NoiseKey, count: int) -> Tensor:
+    """[count] float64 in [0, 1): one for each token of a sample."""
+    return torch.rand(count, generator=key.generator("tokens"), dtype=torch.float64)

@@ -1,0 +1,155 @@
+"""The ``backend`` section of a text run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmrl.adapters import LoraConfig
+from mmrl.errors import UserError
+from mmrl.schema import StrictModel
+
+
+class ModelConfig(StrictModel):
+    """Which model is trained, and in what form."""
+
+    path: str = Field(
+        description="Folder of a transformers causal language model, or a hub id.",
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16",
+        description="Frozen weights and autocast; trained parameters are always fp32.",
+    )
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(),
+        description="Null: train every parameter.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute blocks in the backward pass: less memory, more time.",
+    )
+
+
+class PromptConfig(StrictModel):
+    """How a prompt becomes tokens."""
+
+    chat: bool | None = Field(
+        default=None,
+        description="Put it into the tokenizer's chat template; null: if there is one.",
+    )
+    system: str | None = Field(
+        default=None,
+        min_length=1,
+        description="System message before each prompt; needs a chat template.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Refuse prompts with more tokens; null: what the model has positions for.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PromptConfig:
+        if self.system is not None and self.chat is False:
+            raise UserError("prompts.system needs a chat template, but prompts.chat = false")
+        return self
+
+
+class RolloutConfig(StrictModel):
+    """How completions are sampled."""
+
+    max_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="Tokens of a completion, its end included, at most.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        description="Logits are divided by it, for sampling and for scoring; 0: the likeliest "
+        "token, in evaluation only.",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="Only the k likeliest tokens; null: all.",
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Only the likeliest tokens that together have this probability.",
+    )
+    stop: list[str] = Field(
+        default=[],
+        description="Texts that end a completion; they stay in it.",
+    )
+    batch_size: int = Field(
+        default=64,
+        ge=1,
+        description="Completions that grow side by side; memory, not results.",
+    )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens with a probability are never sampled."""
+        return self.top_k is not None or self.top_p < 1.0
+
+
+class EvaluationConfig(StrictModel):
+    """Where evaluation samples otherwise; null: as the rollout."""
+
+    max_tokens: int | None = Field(default=None, ge=1, description="As in rollout.")
+    temperature: float | None = Field(default=None, ge=0, description="As in rollout.")
+    top_k: int | None = Field(default=None, ge=1, description="As in rollout.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="As in rollout.")
+
+
+class Config(StrictModel):
+    """Everything under ``backend`` but its name."""
+
+    model: ModelConfig
+    prompts: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    update: Literal["shared_prompt", "packed", "padded"] = Field(
+        default="shared_prompt",
+        description="How completions are scored. shared_prompt: each prompt once for all its "
+        "completions, nothing padded. packed: a prompt for each, nothing padded. padded: as "
+        "everybody does; for models whose attention is their own.",
+    )
+    head_chunk: int = Field(
+        default=1024,
+        ge=1,
+        description="Tokens whose logits exist at the same time; memory, not results.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.rollout.temperature == 0:
+            raise UserError(
+                "rollout.temperature = 0 gives every sample of a group the same text; it is for "
+                "evaluation.temperature"
+            )
+        return self
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Terms of ``mmrl.types.PolicyTerms``."""
+        return frozenset({"logp", "logp_ref", "entropy"})
+
+    @property
+    def num_decisions(self) -> None:
+        """Tokens of a completion are evaluated together."""
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
+        """What accelerate calls the dtype of the model."""
+        return "no" if self.model.dtype == "fp32" else self.model.dtype
+
+    def sampling(self, *, evaluation: bool) -> RolloutConfig:
+        """The rollout settings, with the evaluation's own where it has some."""
+        if not evaluation:
+            return self.rollout
+        return self.rollout.model_copy(update=self.evaluation.model_dump(exclude_none=True))

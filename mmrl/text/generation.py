@@ -1,0 +1,163 @@
+"""Sampling completions: each prompt is read once, and its samples grow side by side.
+
+A sample's token number k is chosen by the k-th of its own uniform numbers, by inverting the
+cumulative distribution.  So a sample depends on no other, whatever is in the batch with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How tokens are chosen.
+
+    ``temperature`` 0: the likeliest.  ``ends``: ids that end a completion.  ``stopped``: whether
+    the ids of a completion end it for another reason, such as a stop text.  ``forbidden``: ids that
+    are never chosen.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    ends: frozenset[int] = frozenset()
+    forbidden: tuple[int, ...] = ()
+    stopped: Callable[[Sequence[int]], bool] | None = None
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """Token ``ids``, the end token included, and the log-probability each was sampled with, of the
+    distribution that it really came from.  ``finished``: it ended before the limit.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+@torch.no_grad()
+def generate(
+    network: Any,
+    prompts: Sequence[Sequence[int]],
+    owners: Sequence[int],
+    uniforms: Tensor,
+    settings: Settings,
+) -> list[Completion]:
+    """A completion for each of ``owners``, which are indices of ``prompts``.
+
+    ``uniforms`` [N, max_tokens] in [0, 1): row n chooses the tokens of completion n.
+    """
+    device = next(network.parameters()).device
+    completions = [Completion() for _ in owners]
+    cache, logits, seen = _read(network, prompts, device)
+    rows = torch.tensor(owners, device=device)
+    cache.batch_select_indices(rows)
+    logits, seen, alive = logits[rows], seen[rows], list(range(len(owners)))
+    for step in range(settings.max_tokens):
+        tokens, logp = choose(logits, uniforms[alive, step].to(device), settings)
+        for row, token, value in zip(alive, tokens.tolist(), logp.tolist(), strict=True):
+            _append(completions[row], token, value, settings)
+        going = [i for i, row in enumerate(alive) if not completions[row].finished]
+        if not going or step + 1 == settings.max_tokens:
+            break
+        if len(going) < len(alive):
+            kept = torch.tensor(going, device=device)
+            cache.batch_select_indices(kept)
+            tokens, seen, alive = tokens[kept], seen[kept], [alive[i] for i in going]
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+        logits, cache = _forward(network, tokens[:, None], seen, cache)
+    return completions
+
+
+def choose(logits: Tensor, uniforms: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """A token for each row of ``logits`` [n, V], and its log-probability, both [n].
+
+    The distribution is softmax(logits / temperature) over the tokens that top-k, then top-p leave.
+    """
+    logits = logits.float()
+    if settings.forbidden:
+        never = torch.tensor(settings.forbidden, device=logits.device)
+        logits = logits.index_fill(1, never, -torch.inf)
+    if settings.temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logp = torch.log_softmax(logits / settings.temperature, dim=-1)
+    logp = torch.log_softmax(_top_p(_top_k(logp, settings.top_k), settings.top_p), dim=-1)
+    cumulative = logp.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniforms.double()[:, None] * total, right=True)
+    # A product rounded up to the total would otherwise choose what has no probability.
+    tokens = tokens.minimum((cumulative < total).sum(-1, keepdim=True))
+    return tokens[:, 0], logp.gather(1, tokens)[:, 0]
+
+
+def _top_k(logp: Tensor, top_k: int | None) -> Tensor:
+    if top_k is None or top_k >= logp.shape[1]:
+        return logp
+    least = logp.topk(top_k).values[:, -1:]
+    return logp.masked_fill(logp < least, -torch.inf)
+
+
+def _top_p(logp: Tensor, top_p: float) -> Tensor:
+    """Without the tokens before which likelier ones have ``top_p`` of the probability already."""
+    if top_p >= 1.0:
+        return logp
+    logp = torch.log_softmax(logp, dim=-1)
+    ordered, order = logp.sort(dim=-1, descending=True, stable=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    drop = torch.zeros_like(logp, dtype=torch.bool).scatter(1, order, before >= top_p)
+    return logp.masked_fill(drop, -torch.inf)
+
+
+def _append(completion: Completion, token: int, logp: float, settings: Settings) -> None:
+    completion.ids.append(token)
+    completion.logp.append(logp)
+    ended = token in settings.ends
+    stopped = settings.stopped is not None and settings.stopped(completion.ids)
+    completion.finished = ended or stopped
+
+
+def _read(
+    network: Any, prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Any, Tensor, Tensor]:
+    """Cache, logits [P, V] after the last token, and which tokens are no padding [P, L]."""
+    from transformers import DynamicCache
+
+    longest = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    seen = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all end together
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        seen[row, longest - len(prompt) :] = 1
+    tokens, seen = tokens.to(device), seen.to(device)
+    logits, cache = _forward(network, tokens, seen, DynamicCache(config=network.config))
+    return cache, logits, seen
+
+
+def _forward(network: Any, tokens: Tensor, seen: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits [n, V] after the last of ``tokens`` [n, t], which ``cache`` then knows."""
+    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    name = cache_argument(network)
+    out = network(
+        input_ids=tokens,
+        attention_mask=seen,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+    )
+    return out.logits[:, -1], cache
+
+
+def cache_argument(network: Any) -> str:
+    """What transformers calls the cache: it was renamed in 5.20 or thereabouts."""
+    names = inspect.signature(type(network).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"

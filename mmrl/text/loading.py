@@ -1,0 +1,111 @@
+"""The tokenizer and the network of a text run, and prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrl.adapters import add_lora
+from mmrl.errors import UserError
+from mmrl.noise import generator
+from mmrl.text.attention import NAME, register
+from mmrl.text.config import Config, ModelConfig, PromptConfig
+from mmrl.types import DTYPES, Prompt
+from mmrl.weights import trainable
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load_tokenizer(path: str) -> Any:
+    """``UserError`` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(known(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path = {path!r} has no tokenizer: {error}") from error
+
+
+def load_network(config: Config, seed: int, device: torch.device) -> Any:
+    """The causal language model, ready to be trained; ``seed`` starts the adapter.
+
+    ``UserError`` if it cannot be loaded, or has no module that ``lora`` names.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    register()
+    model = config.model
+    # Trained parameters must not pass through half precision on their way from the file.
+    dtype = DTYPES[model.dtype] if model.lora else torch.float32
+    kernel = NAME if config.update != "padded" else "sdpa"
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            known(model.path), dtype=dtype, attn_implementation=kernel
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path = {model.path!r} cannot be loaded: {error}") from error
+    prepare(network, model, seed)
+    return network.to(device)
+
+
+def prepare(network: Any, model: ModelConfig, seed: int) -> None:
+    """Trained parameters in float32; with LoRA the others are frozen as they are."""
+    network.eval()  # no dropout: a ratio compares the same function with itself
+    if model.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    if model.lora is None:
+        network.float().requires_grad_(True)
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, 0, "lora").initial_seed())
+        add_lora(network, model.lora, LORA_TARGETS)
+    for parameter in trainable(network).values():
+        parameter.data = parameter.data.float()
+
+
+def encode(
+    tokenizer: Any, prompts: Sequence[Prompt], config: PromptConfig, limit: int
+) -> dict[str, list[int]]:
+    """Token ids by prompt id; ``UserError`` for a prompt of more than ``limit`` tokens."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    chat = has_template if config.chat is None else config.chat
+    if (chat or config.system) and not has_template:
+        key = "prompts.chat = true" if config.chat else f"prompts.system = {config.system!r:.40}"
+        raise UserError(f"{key}: this tokenizer has no chat template; allowed: false or null")
+    found = {}
+    for prompt in prompts:
+        ids = _chat(tokenizer, prompt.text, config) if chat else tokenizer(prompt.text).input_ids
+        if not ids or len(ids) > limit:
+            raise UserError(
+                f"prompts: {prompt.text!r:.80} has {len(ids)} tokens; allowed: 1 to {limit}"
+            )
+        found[prompt.id] = list(ids)
+    return found
+
+
+def _chat(tokenizer: Any, text: str, config: PromptConfig) -> list[int]:
+    messages = [{"role": "user", "content": text}]
+    if config.system is not None:
+        messages.insert(0, {"role": "system", "content": config.system})
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def end_tokens(tokenizer: Any, network: Any) -> frozenset[int]:
+    """Ids that end a completion: what the model's files say, and the tokenizer."""
+    named = getattr(network.generation_config, "eos_token_id", None)
+    named = [named] if isinstance(named, int) else list(named or ())
+    return frozenset(i for i in [*named, tokenizer.eos_token_id] if i is not None)
+
+
+def known(path: str) -> str:
+    """``UserError`` for a folder that is not there, which the hub would otherwise be asked for."""
+    if not Path(path).is_dir() and (path.startswith((".", "/")) or Path(path).parent.is_dir()):
+        raise UserError(f"model.path = {path!r} does not exist (from {Path.cwd()})")
+    return path

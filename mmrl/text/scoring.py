@@ -1,0 +1,122 @@
+"""Log-probabilities of completions under a network of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.errors import UserError
+from mmrl.text.config import Config
+from mmrl.text.head import Scored, score
+from mmrl.text.layout import Layout, Row, lay_out
+
+How = Literal["shared_prompt", "packed", "padded"]
+PROBE = (Row(prompt=(1, 2, 3), completion=(4, 5)), Row(prompt=(1, 2, 3), completion=(6, 7, 8)))
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+def score_rows(
+    network: Any,
+    rows: Sequence[Row],
+    width: int,
+    *,
+    how: How,
+    temperature: float,
+    chunk: int,
+    with_entropy: bool,
+) -> Scored:
+    """``logp`` and ``entropy`` [B, K = ``width``], 0 where a sample has no such token."""
+    layout = lay_out(rows, share_prompts=how == "shared_prompt").to(device_of(network))
+    states = padded_states(network, rows) if how == "padded" else packed_states(network, layout)
+    head = network.get_output_embeddings()
+    found = score(
+        lambda hidden: _capped(network, head(hidden)),
+        states if how == "padded" else states[layout.before],
+        layout.targets,
+        temperature=temperature,
+        chunk=chunk,
+        with_entropy=with_entropy,
+    )
+    shape = (len(rows), width)
+    entropy = None if found.entropy is None else layout.unpack(found.entropy, shape)
+    return Scored(layout.unpack(found.logp, shape), entropy)
+
+
+def packed_states(network: Any, layout: Layout) -> Tensor:
+    """Hidden states [L, D] of a row of trees."""
+    # A mask of four dimensions is taken as it is; attention has the layout instead.
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.tokens.device)
+    out = network.get_decoder()(
+        input_ids=layout.tokens,
+        position_ids=layout.positions,
+        attention_mask=unused,
+        use_cache=False,
+        layout=layout,
+    )
+    return out.last_hidden_state[0]
+
+
+def padded_states(network: Any, rows: Sequence[Row]) -> Tensor:
+    """Hidden states [M, D] that predict the tokens of all completions, a padded row for each."""
+    device = device_of(network)
+    texts = [torch.tensor([*row.prompt, *row.completion]) for row in rows]
+    tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+    seen = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    out = network.get_decoder()(
+        input_ids=tokens, attention_mask=seen.to(device), use_cache=False
+    ).last_hidden_state
+    parts = [
+        states[len(row.prompt) - 1 : len(row.prompt) + len(row.completion) - 1]
+        for row, states in zip(rows, out, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def refuse_wrong_scores(network: Any, config: Config) -> None:
+    """``UserError`` if a few tokens score otherwise than by the network's own logits.
+
+    Some architectures do more between hidden states and logits, or attend in ways of their own.
+    """
+    try:
+        with torch.no_grad():
+            found = score_rows(
+                network, PROBE, 3, how=config.update, temperature=1.0, chunk=2, with_entropy=False
+            ).logp
+            gap = max(
+                float((found[i, : len(row.completion)] - own_logp(network, row)).abs().max())
+                for i, row in enumerate(PROBE)
+            )
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(_refusal(network, config, str(error))) from error
+    dtype = next(network.parameters()).dtype
+    if not gap <= TOLERANCE[dtype]:
+        raise UserError(_refusal(network, config, f"log-probabilities differ by {gap:.2g}"))
+
+
+def own_logp(network: Any, row: Row) -> Tensor:
+    """[K] log-probabilities of a completion by the network's own forward."""
+    tokens = torch.tensor([[*row.prompt, *row.completion]], device=device_of(network))
+    logits = network(input_ids=tokens, use_cache=False).logits[0].float()
+    logp = logits[len(row.prompt) - 1 : -1].log_softmax(-1)
+    return logp.gather(1, torch.tensor(row.completion).to(logp.device)[:, None])[:, 0]
+
+
+def device_of(network: Any) -> torch.device:
+    """Where the parameters are."""
+    return next(network.parameters()).device
+
+
+def _refusal(network: Any, config: Config, reason: str) -> str:
+    other = "" if config.update == "padded" else "; try backend.update = 'padded'"
+    return (
+        f"backend.update = {config.update!r} does not score {type(network).__name__} as the model "
+        f"itself does: {reason}{other}"
+    )
+
+
+def _capped(network: Any, logits: Tensor) -> Tensor:
+    cap = getattr(network.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

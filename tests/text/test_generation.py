@@ -1,0 +1,152 @@
+"""Sampling: which distribution tokens come from, and what ends a completion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_text import ARCHITECTURES, PROMPTS, make_backend, make_requests, network
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from mmrl.text.generation import Settings, choose, generate
+
+PROMPT_IDS = [[5, 6, 7, 8], [9], [10, 11, 12]]
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5, 3.0]])
+
+
+def chosen(settings, count=20000):
+    uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return choose(LOGITS.expand(count, -1), uniforms, settings)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (3, 1.0), (None, 0.8), (4, 0.7)])
+def test_tokens_come_from_the_distribution_that_transformers_would_use(temperature, top_k, top_p):
+    logits = LOGITS / temperature
+    if top_k is not None:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1.0:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    expected = logits.softmax(-1)[0]
+    tokens, logp = chosen(Settings(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p))
+    shares = torch.bincount(tokens, minlength=6) / len(tokens)
+    # Five deviations of a share of 20,000 draws at its widest.
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.018)
+    assert bool((shares[expected == 0] == 0).all())
+    torch.testing.assert_close(logp, expected[tokens].log())
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_no_number_chooses_a_token_that_cannot_come(uniform, top_k):
+    logits = torch.tensor([[-torch.inf, 1.0, 0.0, -2.0, -torch.inf]])
+    settings = Settings(max_tokens=1, top_k=top_k, forbidden=(1,))
+    token, logp = choose(logits, torch.tensor([uniform]), settings)
+    allowed = {2, 3} if top_k != 1 else {2}
+    assert int(token) in allowed
+    assert bool(torch.isfinite(logp).all())
+
+
+def test_temperature_0_takes_the_likeliest():
+    token, logp = choose(LOGITS, torch.tensor([0.1]), Settings(max_tokens=1, temperature=0))
+    assert int(token) == 5
+    assert float(logp) == 0.0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_completions_are_those_of_transformers(name):
+    model = network(name)
+    settings = Settings(max_tokens=8, temperature=0, ends=frozenset({2}))
+    found = generate(model, PROMPT_IDS, [0, 1, 2], torch.zeros(3, 8), settings)
+    for prompt, completion in zip(PROMPT_IDS, found, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=2
+        )
+        assert completion.ids == expected[0, len(prompt) :].tolist()
+
+
+def test_recorded_log_probabilities_are_those_of_whole_texts():
+    model = network("qwen3")
+    uniforms = torch.rand(6, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    settings = Settings(max_tokens=10, temperature=0.7, ends=frozenset({2}))
+    owners = [0, 0, 1, 1, 2, 2]
+    for owner, sample in zip(
+        owners, generate(model, PROMPT_IDS, owners, uniforms, settings), strict=True
+    ):
+        prompt = PROMPT_IDS[owner]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1)[range(len(sample.ids)), sample.ids]
+        torch.testing.assert_close(torch.tensor(sample.logp), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_what_is_in_the_batch():
+    model = network("qwen3")
+    uniforms = torch.rand(5, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    settings = Settings(max_tokens=12, ends=frozenset({2, 3, 4, 5, 6}))
+    owners = [2, 0, 1, 0, 2]
+    together = generate(model, PROMPT_IDS, owners, uniforms, settings)
+    assert len({len(sample.ids) for sample in together}) > 1, "some leave the batch early"
+    for i, owner in enumerate(owners):
+        (alone,) = generate(model, [PROMPT_IDS[owner]], [0], uniforms[i : i + 1], settings)
+        assert alone.ids == together[i].ids
+        assert alone.finished == together[i].finished
+
+
+def test_an_end_token_belongs_to_the_completion_and_nothing_follows():
+    model = network("qwen3")
+    everything = frozenset(range(3, 40))
+    (sample,) = generate(
+        model, [[5]], [0], torch.full((1, 4), 0.5), Settings(max_tokens=4, ends=everything)
+    )
+    assert len(sample.ids) == len(sample.logp) == 1
+    assert sample.finished
+
+
+def test_the_limit_leaves_a_completion_unfinished():
+    model = network("qwen3")
+    (sample,) = generate(model, [[5]], [0], torch.full((1, 3), 0.5), Settings(max_tokens=3))
+    assert len(sample.ids) == 3
+    assert not sample.finished
+
+
+def test_stop_texts_end_a_completion_and_stay_in_it(folders):
+    free = make_backend(folders["qwen3"], {"max_tokens": 12})
+    group = next(free.rollout(make_requests()))
+    word = group.outputs[0].split()[2]
+    stopping = make_backend(folders["qwen3"], {"max_tokens": 12, "stop": [word]})
+    found = next(stopping.rollout(make_requests()))
+    for before, after in zip(group.outputs, found.outputs, strict=True):
+        words = before.split()
+        cut = words.index(word) + 1 if word in words else len(words)
+        assert after.split() == words[:cut]
+    assert found.outputs[0].split()[-1] == word
+
+
+def test_samples_do_not_depend_on_the_batch_size(folders):
+    found = [
+        [
+            g.outputs
+            for g in make_backend(folders["qwen3"], {"batch_size": b}).rollout(make_requests())
+        ]
+        for b in (1, 8, 64)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_seed_step_and_prompt_choose_the_samples(folders):
+    backend = make_backend(folders["qwen3"], {"max_tokens": 12})
+
+    def outputs(**changes):
+        return [g.outputs for g in backend.rollout(make_requests(**changes))]
+
+    assert outputs() == outputs()
+    assert outputs() != outputs(seed=8)
+    assert outputs()[1:] == outputs(prompts=PROMPTS[1:])
+    assert len(set(outputs()[0])) > 1, "samples of a group differ"
+
+
+def test_evaluation_has_its_own_settings(folders):
+    backend = make_backend(folders["qwen3"], evaluation={"temperature": 0.0, "max_tokens": 3})
+    groups = list(backend.rollout(make_requests(), evaluation=True))
+    assert all(len(set(group.outputs)) == 1 for group in groups)
+    assert all(group.mask.shape[1] <= 3 for group in groups)

@@ -1,0 +1,166 @@
+"""Scores of completions: three ways, one result; and against the network's own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_text import ARCHITECTURES, make_backend, make_batch, make_requests, network
+
+from mmrl.text.attention import NAME, register
+from mmrl.text.head import score
+from mmrl.text.layout import Row, lay_out
+from mmrl.text.scoring import own_logp, score_rows
+from mmrl.weights import trainable
+
+ROWS = (
+    Row(prompt=(5, 6, 7), completion=(8, 9)),
+    Row(prompt=(10,), completion=(11, 12, 13, 14)),
+    Row(prompt=(5, 6, 7), completion=(15,)),
+    Row(prompt=(5, 6, 7), completion=(8, 9, 10)),
+)
+WAYS = ("shared_prompt", "packed", "padded")
+
+
+def load(name, **changes):
+    register()
+    model = network(name, **changes)
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def scores(model, how, rows=ROWS, chunk=3, temperature=1.0, with_entropy=True):
+    return score_rows(
+        model, rows, 4, how=how, temperature=temperature, chunk=chunk, with_entropy=with_entropy
+    )
+
+
+def gradient(model, value):
+    model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_are_those_of_the_networks_own_logits(name, how):
+    model = load(name)
+    found = scores(model, how).logp
+    for i, row in enumerate(ROWS):
+        length = len(row.completion)
+        torch.testing.assert_close(found[i, :length], own_logp(model, row), rtol=1e-5, atol=1e-5)
+        assert bool((found[i, length:] == 0).all())
+
+
+@pytest.mark.parametrize("how", ["shared_prompt", "packed"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_those_of_the_padded_form(name, how):
+    weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+    found = []
+    for way in (how, "padded"):
+        model = load(name)
+        terms = scores(model, way)
+        found.append(gradient(model, (weights * (terms.logp + 0.3 * terms.entropy)).sum()))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
+
+
+def test_a_prompt_is_computed_once_for_all_its_completions():
+    shared, apart = (lay_out(ROWS, share_prompts=share) for share in (True, False))
+    assert shared.tokens.shape == (1, 3 + 2 + 1 + 3 + 1 + 4)
+    assert apart.tokens.shape == (1, sum(len(r.prompt) + len(r.completion) for r in ROWS))
+    assert len(shared.trees) == 2
+    assert len(apart.trees) == 4
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_layout_knows_whose_each_token_is(share):
+    layout = lay_out(ROWS, share_prompts=share)
+    values = layout.unpack(layout.targets, (4, 4))
+    for i, row in enumerate(ROWS):
+        assert values[i].tolist() == [*row.completion, *[0] * (4 - len(row.completion))]
+    before = layout.unpack(layout.tokens[0, layout.before], (4, 4))
+    for i, row in enumerate(ROWS):
+        assert before[i, : len(row.completion)].tolist() == [row.prompt[-1], *row.completion[:-1]]
+    places = layout.unpack(layout.positions[0, layout.before], (4, 4))
+    for i, row in enumerate(ROWS):
+        expected = range(len(row.prompt) - 1, len(row.prompt) + len(row.completion) - 1)
+        assert places[i, : len(row.completion)].tolist() == list(expected)
+
+
+def test_another_completion_of_the_prompt_changes_nothing():
+    model = load("qwen3")
+    alone = scores(model, "shared_prompt", ROWS[:1]).logp
+    other = Row(prompt=ROWS[0].prompt, completion=(20, 21, 22, 23))
+    together = scores(model, "shared_prompt", (other, ROWS[0])).logp
+    torch.testing.assert_close(together[1], alone[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+def test_the_chunk_changes_nothing(chunk):
+    found = []
+    for size in (chunk, 3):
+        model = load("llama")
+        terms = scores(model, "packed", chunk=size)
+        found.append((terms.logp, gradient(model, terms.logp.sum())))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    assert (found[0][1] - found[1][1]).norm() < 1e-6 * found[1][1].norm()
+
+
+def test_log_probabilities_and_entropy_by_a_float64_loop():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    found = score(
+        lambda h: h @ weight.T, hidden, targets, temperature=0.6, chunk=2, with_entropy=True
+    )
+    for m in range(5):
+        logits = [float((hidden[m] * weight[v]).sum().double()) / 0.6 for v in range(7)]
+        total = sum(torch.tensor(x, dtype=torch.float64).exp() for x in logits).log()
+        logp = [x - float(total) for x in logits]
+        assert float(found.logp[m]) == pytest.approx(logp[int(targets[m])], abs=1e-5)
+        entropy = -sum(float(torch.tensor(x).exp()) * x for x in logp)
+        assert float(found.entropy[m]) == pytest.approx(entropy, abs=1e-5)
+
+
+def test_a_window_that_is_too_short_is_refused():
+    model = load(
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    with pytest.raises(ValueError, match="sliding_window = 4 for 6 tokens"):
+        scores(model, "packed")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_replay_is_bit_equal_and_the_reference_is_the_loaded_model(folders, how):
+    backend = make_backend(folders["qwen3"], needs=("logp", "logp_ref"), update=how)
+    batch = make_batch(backend, list(backend.rollout(make_requests())))
+    needs = frozenset({"logp", "logp_ref"})
+    first, second = (backend.evaluate(batch, needs) for _ in range(2))
+    assert torch.equal(first.logp, second.logp)
+    assert torch.equal(first.logp, first.logp_ref)
+    for parameter in trainable(backend.model).values():
+        parameter.data.add_(0.05)
+    moved = backend.evaluate(batch, needs)
+    assert torch.equal(moved.logp_ref, first.logp_ref)
+    assert bool((moved.logp != first.logp)[batch.mask].any())
+
+
+def test_the_reference_of_full_fine_tuning_survives_a_checkpoint(folders):
+    needs = frozenset({"logp", "logp_ref"})
+    backend = make_backend(folders["qwen3"], needs=needs, model={"lora": None})
+    batch = make_batch(backend, list(backend.rollout(make_requests())))
+    expected = backend.evaluate(batch, needs).logp_ref
+    state = backend.auxiliary_state()
+    for parameter in trainable(backend.model).values():
+        parameter.data.add_(0.05)
+    other = make_backend(folders["qwen3"], needs=needs, model={"lora": None})
+    for mine, theirs in zip(
+        trainable(other.model).values(), trainable(backend.model).values(), strict=True
+    ):
+        mine.data.copy_(theirs)
+    other.load_auxiliary_state(state)
+    found = other.evaluate(batch, needs)
+    assert torch.equal(found.logp_ref, expected)
+    assert bool((found.logp != expected)[batch.mask].any())
