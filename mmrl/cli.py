@@ -162,19 +162,19 @@ def evaluate(
 )
 def sample(
     run: RunArgument,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
-    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 4,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask for; repeatable.")],
+    count: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    out: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
 ) -> None:
-    """Draw images with the trained weights: one PNG each, and all of them as grid.png."""
+    """Sample with the trained weights: a PNG for each image and grid.png, or completions.jsonl."""
     read_run(run)
     from mmrl.runner import sample as run_sampling
 
-    images = run_sampling(run, prompt, count=count, seed=seed)
+    samples = run_sampling(run, prompt, count=count, seed=seed)
     if is_main_process():
-        save_samples(images, prompt, out)
-    _console().print(f"Written: {out / 'grid.png'} and {len(prompt) * count} images")
+        written = save_samples(samples, prompt, out)
+        _console().print(f"Written: {written}, {len(prompt) * count} samples", soft_wrap=True)
 
 
 @app.command(epilog="Example: mmrl report runs/quickstart")
@@ -290,15 +290,23 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     return table
 
 
-def save_samples(images: Sequence[Sequence[Any]], prompts: Sequence[str], out: Path) -> None:
-    """Write ``PROMPT-SAMPLE.png`` for every image (numbers from 0) and ``grid.png``."""
+def save_samples(images: Sequence[Sequence[Any]], prompts: Sequence[str], out: Path) -> Path:
+    """Write ``PROMPT-SAMPLE.png`` for every image (numbers from 0) and ``grid.png``.
+
+    Of texts ``completions.jsonl``.  Returns the file that shows all of them.
+    """
     from mmrl.images import labelled_grid
+    from mmrl.runner import write_texts
 
     out.mkdir(parents=True, exist_ok=True)
+    if isinstance(images[0][0], str):
+        write_texts(out / "completions.jsonl", prompts, images)
+        return out / "completions.jsonl"
     for i, row in enumerate(images):
         for j, image in enumerate(row):
             image.save(out / f"{i:03d}-{j:03d}.png")
     labelled_grid(images, prompts).save(out / "grid.png")
+    return out / "grid.png"
 
 
 def is_main_process() -> bool:

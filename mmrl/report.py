@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -406,9 +407,23 @@ def _yaml_block(config: Mapping[str, Any]) -> str:
 
 def _figure(path: Path, caption: str) -> str:
     label = _text(caption)
-    return f'<figure><figcaption>{label}</figcaption><img alt="{label}" src="{_embed(path)}">' + (
-        "</figure>"
-    )
+    if path.suffix == ".png":
+        content = f'<img alt="{label}" src="{_embed(path)}">'
+    else:
+        content = _completions(path)
+    return f"<figure><figcaption>{label}</figcaption>{content}</figure>"
+
+
+def _completions(path: Path) -> str:
+    """Each prompt with its first completion, and how many more the file has."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    shown = [
+        f"<dt>{_text(row['prompt'])}</dt><dd>{_text(row['completions'][0])}</dd>"
+        for row in rows
+        if row["completions"]
+    ]
+    note = f'<p class="note">First completions; all are in samples/{_text(path.name)}.</p>'
+    return f'<dl class="texts">{"".join(shown)}</dl>{note}'
 
 
 def _embed(path: Path) -> str:

@@ -32,7 +32,8 @@ class RunFolder:
     """What a run left behind.
 
     ``config``: the resolved YAML.  ``environment``: versions, commit, command, device.
-    ``metrics``: rows in file order.  ``samples``: sample grid (PNG) of each evaluated step.
+    ``metrics``: rows in file order.  ``samples``: of each evaluated step, a grid of pictures (PNG)
+    or texts (jsonl).
     """
 
     path: Path
@@ -79,7 +80,7 @@ def read_run(path: Path) -> RunFolder:
         config=_read_mapping(path / CONFIG),
         environment=_read_mapping(path / ENVIRONMENT),
         metrics=read_metrics(path / METRICS),
-        samples=_sample_grids(path / "samples"),
+        samples=_samples(path / "samples"),
     )
 
 
@@ -189,6 +190,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _sample_grids(folder: Path) -> dict[int, Path]:
-    matches = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("*.png"))
+def _samples(folder: Path) -> dict[int, Path]:
+    name = re.compile(r"step-(\d+)\.(png|jsonl)")
+    matches = ((name.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return dict(sorted((int(match[1]), path) for match, path in matches if match))

@@ -196,7 +196,7 @@ class Loop:
         self._log(step, result.metrics)
         self.display.evaluation(step, result.metrics)
         if session.main:
-            save_grid(result, session.config.run_dir / "samples" / f"step-{step:06d}.png", step)
+            save_shown(result, session.config.run_dir / "samples", step)
 
     def _save(self) -> None:
         progress = self.trainer.progress
@@ -247,18 +247,30 @@ def load_run_config(run: Path) -> RunConfig:
     return parse(read_yaml(path))
 
 
-def save_grid(result: Evaluation, path: Path, step: int) -> None:
-    """A labelled picture of the shown samples; nothing where samples are not pictures."""
+def save_shown(result: Evaluation, folder: Path, step: int) -> None:
+    """The shown samples as ``step-N``: a labelled picture of pictures, texts in a jsonl file."""
     from PIL import Image
 
     from mmrl.images import labelled_grid
 
-    rows = [[x for x in g.outputs if isinstance(x, Image.Image)] for g in result.shown]
-    if not any(rows):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, outputs = folder / f"step-{step:06d}", [group.outputs for group in result.shown]
     labels = [group.request.prompt.text for group in result.shown]
-    labelled_grid(rows, labels, title=f"step {step}").save(path)
+    kinds = {type(output) for row in outputs for output in row}
+    if kinds == {str}:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_texts(path.with_suffix(".jsonl"), labels, outputs)
+    elif kinds and all(issubclass(kind, Image.Image) for kind in kinds):
+        folder.mkdir(parents=True, exist_ok=True)
+        labelled_grid(outputs, labels, title=f"step {step}").save(path.with_suffix(".png"))
+
+
+def write_texts(path: Path, prompts: Sequence[str], outputs: Sequence[Sequence[str]]) -> None:
+    """A line for each prompt, with its completions."""
+    lines = [
+        json.dumps({"prompt": prompt, "completions": list(row)}, ensure_ascii=False)
+        for prompt, row in zip(prompts, outputs, strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def environment(processes: int) -> dict[str, Any]:

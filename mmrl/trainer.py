@@ -204,11 +204,13 @@ class Trainer:
 
     @property
     def _off_policy(self) -> bool:
-        """Whether the objective will compare with a policy that is not the present one."""
-        training = self.config.training
+        """Whether a part will compare with a policy that is not the present one."""
+        config, training = self.config, self.config.training
         several = training.num_epochs * training.updates_per_epoch > 1
-        needs = self.config.objective.module.needs(self.config.objective.config)
-        return bool(needs & ANCHORED) and (several or self.backend.off_policy)
+        needs = config.objective.module.needs(config.objective.config)
+        parts = config.regularisers
+        weighted = any(getattr(part.config, "ratio_weighted", False) for part in parts)
+        return (bool(needs & ANCHORED) or weighted) and (several or self.backend.off_policy)
 
     def _trusts(self, group: RolloutGroup) -> bool:
         """Whether log-probabilities of the rollout are as good as those of a replay.
@@ -430,9 +432,7 @@ def make_requests(
     ]
 
 
-def roll_out(
-    trainer: Trainer, requests: list[RolloutRequest], means: Means
-) -> list[RolloutGroup]:
+def roll_out(trainer: Trainer, requests: list[RolloutRequest], means: Means) -> list[RolloutGroup]:
     """This process's share of the groups; rewards start as soon as a group is ready."""
     accelerator = trainer.accelerator
     shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)

@@ -26,7 +26,7 @@ from mmrl.text.generation import Completion, Settings, generate
 from mmrl.text.head import Scored
 from mmrl.text.layout import Row
 from mmrl.text.loading import encode, end_tokens, load_network, load_tokenizer
-from mmrl.text.scoring import refuse_wrong_scores, score_rows
+from mmrl.text.scoring import device_of, refuse_wrong_scores, score_rows
 from mmrl.types import (
     DTYPES,
     Anchor,
@@ -211,10 +211,7 @@ class TextBackend:
                 reshard(self._network)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        device = next(self._network.parameters()).device.type
-        half = self._dtype != torch.float32
-        # No cache: it would keep half-precision copies of weights that were swapped.
-        return torch.autocast(device, self._dtype, enabled=half, cache_enabled=False)
+        return autocast(self._network, self._dtype)
 
     # Weights
 
@@ -295,8 +292,16 @@ def build(
     room = (positions or 1 << 30) - config.rollout.max_tokens
     limit = min(config.prompts.max_tokens or room, room)
     encoded = encode(tokenizer, prompts, config.prompts, limit)
-    refuse_wrong_scores(network, config)
+    with autocast(network, DTYPES[config.model.dtype]):
+        refuse_wrong_scores(network, config)
     return TextBackend(config, network, tokenizer, encoded, keeps_reference="logp_ref" in needs)
+
+
+def autocast(network: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Arithmetic in ``dtype``, where that is not float32."""
+    # No cache: it would keep half-precision copies of weights that were swapped.
+    half = dtype != torch.float32
+    return torch.autocast(device_of(network).type, dtype, enabled=half, cache_enabled=False)
 
 
 def _notes(config: Config) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from mmrl.errors import UserError
 from mmrl.text.config import Config
 from mmrl.text.head import Scored, score
 from mmrl.text.layout import Layout, Row, lay_out
+from mmrl.types import DTYPES
 
 How = Literal["shared_prompt", "packed", "padded"]
 PROBE = (Row(prompt=(1, 2, 3), completion=(4, 5)), Row(prompt=(1, 2, 3), completion=(6, 7, 8)))
@@ -91,8 +92,7 @@ def refuse_wrong_scores(network: Any, config: Config) -> None:
             )
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(_refusal(network, config, str(error))) from error
-    dtype = next(network.parameters()).dtype
-    if not gap <= TOLERANCE[dtype]:
+    if not gap <= TOLERANCE[DTYPES[config.model.dtype]]:
         raise UserError(_refusal(network, config, f"log-probabilities differ by {gap:.2g}"))
 
 

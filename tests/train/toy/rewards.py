@@ -72,3 +72,8 @@ def ocr_that_kills(prompts, outputs, **columns):
 
     kills_itself(prompts, torch.zeros(len(outputs), 1), torch.zeros(len(outputs)))
     return ocr.build(ocr.Config())(prompts, outputs, **columns)
+
+
+def says_red(prompts, outputs, **columns):
+    """The share of words that are "red"."""
+    return [sum(w == "red" for w in text.split()) / max(1, len(text.split())) for text in outputs]

@@ -1,0 +1,150 @@
+"""A text model through the whole loop: it learns, resumes to the bit, and is shared out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy.run import ROOT, column, launch, metrics_of, weights_of
+
+from mmrl.cli import save_samples
+from mmrl.config import apply_overrides, parse
+from mmrl.report import write_report
+from mmrl.runner import evaluate, load_run_config, sample, train
+
+sys.path.insert(0, str(ROOT / "tests" / "text"))
+
+from tiny_text import save_model
+
+UPDATES = pytest.mark.parametrize("update", ["shared_prompt", "packed", "padded"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+def config(model: Path, folder: Path, *overrides: str) -> dict:
+    folder.mkdir(exist_ok=True)
+    prompts = folder / "prompts.jsonl"
+    lines = [
+        json.dumps({"prompt": f"go to {word}"}) for word in ("red", "one two", "up", "cat sea")
+    ]
+    prompts.write_text("\n".join(lines) + "\n")
+    data = {
+        "name": "text",
+        "output_dir": str(folder / "run"),
+        "backend": {
+            "name": "text",
+            "model": {"path": str(model), "dtype": "fp32", "lora": {"rank": 4, "alpha": 8}},
+            "rollout": {"max_tokens": 6, "batch_size": 8},
+        },
+        "prompts": {"source": str(prompts)},
+        "rewards": [{"name": "toy.rewards.says_red", "label": "red"}],
+        "advantage": {"name": "group"},
+        "objective": {"name": "grpo"},
+        "regularisers": [
+            {"name": "kl_reference", "estimator": "k3", "coef": 0.01},
+            {"name": "entropy", "coef": 0.001},
+        ],
+        "optimizer": {"learning_rate": 0.02},
+        "training": {
+            "num_steps": 4,
+            "prompts_per_step": 3,
+            "group_size": 4,
+            "micro_batch_size": 5,
+            "updates_per_epoch": 2,
+        },
+        "evaluation": {"source": str(prompts), "every": 2, "samples_per_prompt": 2},
+        "checkpoint": {"every": 1},
+        "tracking": {"trackers": []},
+    }
+    return apply_overrides(data, list(overrides))
+
+
+def run(model: Path, folder: Path, *overrides: str, resume: bool = False) -> Path:
+    return train(parse(config(model, folder, *overrides)), resume=resume)
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, tmp_path_factory):
+    return run(model, tmp_path_factory.mktemp("unbroken"))
+
+
+def test_it_learns_and_leaves_texts_to_read(model, tmp_path):
+    path = run(
+        model, tmp_path, "training.num_steps=10", "training.group_size=8",
+        "training.updates_per_epoch=1", "evaluation.every=10",
+    )  # fmt: skip
+    before, after = column(path, "eval/red")
+    assert before < 0.1
+    assert after > before + 0.3
+    lines = (path / "samples" / "step-000010.jsonl").read_text().splitlines()
+    shown = [json.loads(line) for line in lines]
+    assert shown[0]["prompt"] == "go to red"
+    assert all(len(row["completions"]) == 2 for row in shown)
+    page = write_report(path).read_text()
+    assert shown[0]["completions"][0] in page
+    assert "completions/mean_length" in page
+
+
+def test_texts_of_a_run_are_drawn_and_judged_again(unbroken, tmp_path):
+    drawn = sample(unbroken, ["go to red", "up"], count=3, seed=0)
+    assert drawn == sample(unbroken, ["go to red", "up"], count=3, seed=0)
+    written = save_samples(drawn, ["go to red", "up"], tmp_path)
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["completions"] for row in rows] == drawn
+    found = evaluate(load_run_config(unbroken), run=unbroken)
+    assert found == {
+        key: value for key, value in metrics_of(unbroken)[-1].items() if "eval/" in key
+    }
+
+
+@pytest.mark.parametrize("lora", [(), ("backend.model.lora=null",)])
+def test_a_resumed_run_is_bit_identical(model, tmp_path, lora):
+    whole = run(model, tmp_path / "whole", *lora)
+    run(model, tmp_path / "cut", "training.num_steps=2", *lora)
+    cut = run(model, tmp_path / "cut", *lora, resume=True)
+    assert metrics_of(cut) == metrics_of(whole)
+    left, right = weights_of(whole), weights_of(cut)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def close(left: Path, right: Path) -> None:
+    """Equal but for sums in another order."""
+    for a, b in zip(metrics_of(left), metrics_of(right), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    one, two = weights_of(left), weights_of(right)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_the_micro_batch_changes_nothing(model, unbroken, tmp_path, size):
+    close(unbroken, run(model, tmp_path, f"training.micro_batch_size={size}"))
+
+
+@UPDATES
+def test_the_way_of_scoring_changes_nothing(model, unbroken, tmp_path, update):
+    close(unbroken, run(model, tmp_path, f"backend.update={update}"))
+
+
+def test_two_processes_equal_one(model, unbroken, tmp_path):
+    done = launch(config(model, tmp_path), tmp_path / "config.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    close(unbroken, tmp_path / "run")
+
+
+def test_the_replay_of_a_rollout_has_no_gap(model, tmp_path, capsys):
+    run(model, tmp_path, "training.num_steps=1")
+    assert "largest |log-ratio| 0.0e+00" in capsys.readouterr().out
+
+
+def test_half_precision_trains(model, tmp_path):
+    path = run(model, tmp_path, "backend.model.dtype=bf16", "training.num_steps=2")
+    assert all(norm > 0 for norm in column(path, "grad_norm"))
