@@ -20,7 +20,8 @@ from benchmarks import tables
 from benchmarks.rates import count_flops, matmul_rate, seconds
 from mmrl import config as configuration
 from mmrl import runner
-from mmrl.trainer import Trainer, make_requests
+from mmrl.rollouts import make_requests
+from mmrl.trainer import Trainer
 from mmrl.types import DTYPES
 
 

@@ -30,7 +30,8 @@ from mmrl import config as configuration
 from mmrl.adapters import ADAPTER
 from mmrl.config import RunConfig
 from mmrl.resolve import resolve
-from mmrl.trainer import make_requests, needs_of
+from mmrl.rollouts import make_requests
+from mmrl.trainer import needs_of
 from mmrl.types import DTYPES, TASK, Prompt, RolloutRequest
 
 RECIPES = tables.ROOT / "configs" / "diffusion"

@@ -33,7 +33,7 @@ from diffusion.transition import TransitionBatch
 from mmrl import config as configuration
 from mmrl.divergences import gaussian_kl
 from mmrl.prompts.dataset import load_prompts
-from mmrl.trainer import make_requests
+from mmrl.rollouts import make_requests
 from mmrl.types import Prompt
 from mmrl.weights import trainable
 

@@ -29,7 +29,7 @@ from diffusion.backend import DiffusionBackend, build
 from mmrl import config as configuration
 from mmrl.config import RunConfig
 from mmrl.prompts.dataset import load_prompts
-from mmrl.trainer import make_requests
+from mmrl.rollouts import make_requests
 from mmrl.types import Prompt, RolloutGroup, UpdateBatch
 
 LOGP_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5

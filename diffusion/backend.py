@@ -428,7 +428,10 @@ def _wanted_copies(config: Config, needs: frozenset[str]) -> frozenset[str]:
 
 def _key(request: RolloutRequest, index: int) -> NoiseKey:
     return NoiseKey(
-        seed=request.seed, stream=request.stream, prompt_id=request.prompt.id, sample=index
+        seed=request.seed,
+        stream=request.stream,
+        prompt_id=request.prompt.id,
+        sample=request.first_sample + index,
     )
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from mmrl.backend import Backend
 from mmrl.config import RunConfig
 from mmrl.distributed import deal, gather_items
-from mmrl.trainer import assemble, collect_scores, make_requests
+from mmrl.rollouts import assemble, collect_scores, make_requests
 from mmrl.types import Prompt, RolloutGroup
 from rewards.combine import GroupScores, Scorer
 

@@ -39,9 +39,10 @@ from mmrl.metrics import MetricsFile
 from mmrl.progress import Display, make_display
 from mmrl.prompts.dataset import content_id
 from mmrl.resolve import backend_module
+from mmrl.rollouts import make_requests
 from mmrl.run_folder import flatten
 from mmrl.sharding import part_of
-from mmrl.trainer import Trainer, make_requests, needs_of
+from mmrl.trainer import Trainer, needs_of
 from mmrl.types import Prompt
 from mmrl.zero import clip_inside_zero, torch_optimizer, uses_zero
 from rewards.combine import Scorer

@@ -21,9 +21,7 @@ from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig
 from mmrl.distributed import (
-    agree_or_raise,
     any_process,
-    deal,
     gather_items,
     owner,
     sum_over_processes,
@@ -31,6 +29,16 @@ from mmrl.distributed import (
 from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.preflight import MicroBatchShape, clip_range, micro_batch_shape, refuse_gap
+from mmrl.rollouts import (
+    assemble,
+    collect_scores,
+    due_refresh,
+    learn,
+    make_requests,
+    roll_out,
+    sampler_metrics,
+    summary,
+)
 from mmrl.types import (
     Advantages,
     Anchor,
@@ -44,6 +52,11 @@ from rewards.combine import TIMED_OUT, GroupScores, Scorer
 
 ANCHORED = frozenset({"logp", "mean_gap_old"})
 """Terms by which an objective compares the policy with the one that sampled."""
+
+
+REFRESH_STREAM = -2
+"""Noise of samples that only score prompts, before step 0; those before step n have n less.  The
+evaluation has -1."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +124,13 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One rollout and its updates; returns what to log."""
         started, cpu_started = time.perf_counter(), time.process_time()
-        requests = self._requests()
         means = Means()
-        groups, rollout_time = _timed(lambda: roll_out(self, requests, means))
+        refreshed = self._refresh()
+        requests = self._requests()
+        groups, rollout_time = _timed(lambda: self._roll_out(requests, means))
         collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
         scores = assemble(collected)
+        self._learn(groups, collected, requests)
         advantages = self._advantages(scores, collected)
         rate = float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
@@ -125,6 +140,8 @@ class Trainer:
         self.progress = replace(self.progress, step=step + 1)
         return {
             **summary(scores, collected),
+            **sampler_metrics(self.config.prompts.sampler, self.progress.sampler),
+            **refreshed,
             **advantages.metrics,
             **self._reduced(means),
             "learning_rate": rate,
@@ -135,6 +152,36 @@ class Trainer:
             "step_time": time.perf_counter() - started,
             "time/cpu": cpu_time[0],
         }
+
+    def _roll_out(self, requests: Sequence[RolloutRequest], means: Means) -> list[RolloutGroup]:
+        return roll_out(self.backend, self.accelerator, self.scorer, requests, means)
+
+    def _refresh(self) -> dict[str, float]:
+        """Samples of every prompt, where the sampler wants them to score it; what they cost."""
+        sampler, step = self.config.prompts.sampler, self.progress.step
+        count = due_refresh(sampler, step)
+        if not count:
+            return {}
+        started, size = time.perf_counter(), self.config.training.prompts_per_step
+        for first in range(0, len(self.prompts), size):
+            chosen = self.prompts[first : first + size]
+            requests = make_requests(chosen, count, self.config.seed, REFRESH_STREAM - step)
+            groups = self._roll_out(requests, Means())
+            self._learn(groups, collect_scores(self.accelerator, self.scorer), requests)
+        return {
+            "sampler/refresh_samples": float(count * len(self.prompts)),
+            "time/refresh": time.perf_counter() - started,
+        }
+
+    def _learn(
+        self,
+        groups: Sequence[RolloutGroup],
+        collected: Sequence[GroupScores],
+        requests: Sequence[RolloutRequest],
+    ) -> None:
+        sampler, state = self.config.prompts.sampler, self.progress.sampler
+        state = learn(sampler, state, self.accelerator, groups, collected, requests)
+        self.progress = replace(self.progress, sampler=state)
 
     def _refuse_unscored(self, scores: Scores, collected: Sequence[GroupScores]) -> None:
         """``UserError`` if nothing has a usable reward, at once or step after step.
@@ -422,79 +469,6 @@ def needs_of(config: RunConfig) -> frozenset[str]:
     return frozenset({"logp"}.union(*(part.module.needs(part.config) for part in parts)))
 
 
-def make_requests(
-    prompts: Sequence[Prompt], group_size: int, seed: int, stream: int
-) -> list[RolloutRequest]:
-    """One request for each prompt, numbered in order."""
-    return [
-        RolloutRequest(prompt=p, group_size=group_size, seed=seed, stream=stream, index=i)
-        for i, p in enumerate(prompts)
-    ]
-
-
-def roll_out(trainer: Trainer, requests: list[RolloutRequest], means: Means) -> list[RolloutGroup]:
-    """This process's share of the groups; rewards start as soon as a group is ready."""
-    accelerator = trainer.accelerator
-    shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
-    groups = []
-    with trainer.backend.behaviour():
-        rolled = trainer.backend.rollout([requests[s.index] for s in shares])
-        for share, group in zip(shares, rolled, strict=True):
-            groups.append(group)
-            if not share.padding:
-                means.add(group.metrics)
-                trainer.scorer.submit(group)
-    return groups
-
-
-def collect_scores(accelerator: Accelerator, scorer: Scorer) -> list[GroupScores]:
-    """Scores of all groups over all processes, in the order of their index."""
-    local: list[GroupScores] = []
-    error: Exception | None = None
-    try:
-        local = scorer.collect()
-    except UserError as refusal:
-        error = refusal
-    agree_or_raise(accelerator, error)
-    return sorted(gather_items(accelerator, local), key=lambda scores: scores.index)
-
-
-def assemble(collected: Sequence[GroupScores]) -> Scores:
-    """Concatenate the scores of groups into flat arrays, in group order."""
-    sizes = torch.tensor([len(scores.combined) for scores in collected])
-    names = collected[0].by_name
-    return Scores(
-        combined=torch.cat([scores.combined for scores in collected]),
-        valid=torch.cat([scores.valid for scores in collected]),
-        group=torch.repeat_interleave(torch.arange(len(collected)), sizes),
-        by_name={name: torch.cat([scores.by_name[name] for scores in collected]) for name in names},
-        task=[scores.task for scores in collected for _ in range(len(scores.combined))],
-    )
-
-
-def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float]:
-    """Reward statistics of a step under TRL's keys; failures are counted, never hidden.
-
-    ``rewards/NAME/scored``: of the samples that the reward was asked about, the share it gave a
-    number; absent where it was asked about none.
-    """
-    values = {"reward": _mean(scores.combined[scores.valid])}
-    for name, raw in scores.by_name.items():
-        finite = raw[torch.isfinite(raw)]
-        values[f"rewards/{name}/mean"] = _mean(finite)
-        values[f"rewards/{name}/std"] = float(finite.std(unbiased=False)) if len(finite) else 0.0
-        asked = sum(group.num_asked[name] for group in collected)
-        if asked:
-            values[f"rewards/{name}/scored"] = len(finite) / asked
-        failed = sum(group.num_failed.get(name, 0) for group in collected)
-        if failed:
-            values[f"rewards/{name}/failed"] = float(failed)
-    values["time/reward_calls"] = sum(group.seconds for group in collected)
-    values["invalid_samples"] = float((~scores.valid).sum())
-    values["num_samples"] = float(len(scores.combined))
-    return values
-
-
 def plan_windows(
     groups: Sequence[RolloutGroup],
     group_of: torch.Tensor,
@@ -541,10 +515,6 @@ def _of_rollout(rows: MicroBatch) -> torch.Tensor:
         assert sample.group.logp_old is not None, "only asked where the rollout recorded them"
         known.append(sample.group.logp_old[sample.index])
     return reduction.side_by_side(known)[:, rows.decisions]
-
-
-def _mean(values: torch.Tensor) -> float:
-    return float(values.mean()) if len(values) else float("nan")
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

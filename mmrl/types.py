@@ -49,6 +49,8 @@ class RolloutRequest:
     ``seed`` and ``stream`` (the step number, or a negative number for evaluation) together with the
     prompt id and the sample index determine all noise, whatever process or micro-batch draws it.
     ``index`` is the position of the group among all groups of the step, over all processes.
+    ``first_sample``: the number of its first sample, above 0 where earlier groups of the step have
+    the same prompt, so that no two samples share their noise.
     """
 
     prompt: Prompt
@@ -56,6 +58,7 @@ class RolloutRequest:
     seed: int
     stream: int
     index: int
+    first_sample: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,21 @@ class RolloutGroup:
         if self.logp_old is not None:
             _check(self.logp_old, "logp_old", 2, torch.float32, torch.float64)
             require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a prompt sampler may learn from one group.
+
+    ``combined`` [G] float64, ``valid`` [G] bool and ``by_name`` as in ``Scores``.  ``measure``: the
+    number that the sampler's own ``measure`` gave the group.
+    """
+
+    prompt_id: str
+    combined: Tensor
+    valid: Tensor
+    by_name: Mapping[str, Tensor]
+    measure: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

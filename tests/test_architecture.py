@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "mmrl.regularisers": MATHS,
     "mmrl.advantages": RECORDS,
     "mmrl.modulators": RECORDS,
-    "mmrl.prompts": RECORDS,
+    "mmrl.prompts": RECORDS | {"mmrl.noise"},
+    "mmrl.noise": frozenset(),
     "mmrl.backend": frozenset({"mmrl.errors", "mmrl.types"}),
     "rewards": RECORDS,
 }

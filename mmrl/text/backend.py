@@ -329,7 +329,10 @@ def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[Rol
 
 def _key(request: RolloutRequest, index: int) -> NoiseKey:
     return NoiseKey(
-        seed=request.seed, stream=request.stream, prompt_id=request.prompt.id, sample=index
+        seed=request.seed,
+        stream=request.stream,
+        prompt_id=request.prompt.id,
+        sample=request.first_sample + index,
     )
 
 

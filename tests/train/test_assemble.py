@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmrl.trainer import assemble
+from mmrl.rollouts import assemble
 from rewards.combine import GroupScores
 
 

@@ -148,3 +148,31 @@ def test_the_replay_of_a_rollout_has_no_gap(model, tmp_path, capsys):
 def test_half_precision_trains(model, tmp_path):
     path = run(model, tmp_path, "backend.model.dtype=bf16", "training.num_steps=2")
     assert all(norm > 0 for norm in column(path, "grad_norm"))
+
+
+VAS = (
+    "prompts.sampler={name: vas, refresh_every: 2, refresh_samples: 2, momentum: 0.5}",
+    "training.prompts_per_step=4",
+)
+
+
+def test_sampling_by_variance_resumes_and_is_shared_out(model, tmp_path):
+    """Scores are state: learned on one process each, the same on all, kept in checkpoints."""
+    whole = run(model, tmp_path / "whole", *VAS)
+    run(model, tmp_path / "cut", "training.num_steps=3", *VAS)
+    cut = run(model, tmp_path / "cut", *VAS, resume=True)
+    # The shorter run evaluated after its last step.
+    kept = [row for row in metrics_of(cut) if not (row["step"] == 3 and "eval/red" in row)]
+    assert kept == metrics_of(whole)
+    done = launch(config(model, tmp_path / "two", *VAS), tmp_path / "two.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    close(whole, tmp_path / "two" / "run")
+    # Two samples of each of four prompts, before steps 0 and 2.
+    assert column(whole, "sampler/refresh_samples") == [8.0, 8.0]
+    assert len(column(whole, "sampler/mean_score")) == 4
+    progress = [
+        json.loads((r / "checkpoint-4" / "progress.json").read_text()) for r in (whole, cut)
+    ]
+    assert progress[0] == progress[1]
+    assert len(progress[0]["sampler"]["scores"]) == 4
+    assert progress[0]["sampler"]["taken"] == 8
