@@ -97,6 +97,12 @@ class TrainingConfig(StrictModel):
     horizon: int | None = Field(
         default=None, ge=1, description="divisor of aggregation sample_sum_over_horizon"
     )
+    refills: int = Field(
+        default=0,
+        ge=0,
+        description="further batches of prompts, at most, in place of groups whose samples all "
+        "earned the same (dynamic sampling); 0 trains on all groups",
+    )
     max_bad_updates: int = Field(
         default=5, ge=1, description="consecutive non-finite gradients before the run aborts"
     )

@@ -167,11 +167,13 @@ def gap_line(gaps: Sequence[float]) -> str:
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts, checked against what the run asks of them."""
     training = load_prompts(config.prompts.source, "prompts.source")
-    count = config.training.prompts_per_step
+    size = config.training
+    count = size.prompts_per_step * (1 + size.refills)
     if count > len(training):
+        with_refills = f" x (1 + {size.refills} training.refills)" if size.refills else ""
         raise UserError(
-            f"training.prompts_per_step: {count} is more than the {len(training)} prompts "
-            f"in {config.prompts.source}"
+            f"training.prompts_per_step: {size.prompts_per_step}{with_refills} is more than the "
+            f"{len(training)} prompts in {config.prompts.source}"
         )
     refuse_prompts = getattr(config.backend.config, "refuse_prompts", None)
     if refuse_prompts is not None:

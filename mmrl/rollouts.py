@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from mmrl.backend import Backend
 from mmrl.config import Part
-from mmrl.distributed import agree_or_raise, deal, gather_items
+from mmrl.distributed import agree_or_raise, deal, gather_items, owner
 from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.types import Outcome, Prompt, RolloutGroup, RolloutRequest, Scores
@@ -107,6 +108,65 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
     return values
 
 
+# Groups without a signal, and others in their place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Groups that were rolled out together: those of this process, and the scores of all."""
+
+    groups: list[RolloutGroup]
+    scores: list[GroupScores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """What a step trains on, numbered from 0: ``groups`` of this process, ``scores`` of all, and
+    the process that owns each.  ``everything``: scores of the groups left out as well.
+    """
+
+    groups: list[RolloutGroup]
+    scores: list[GroupScores]
+    owners: list[int]
+    everything: list[GroupScores]
+
+
+def is_varied(scores: GroupScores) -> bool:
+    """Whether the usable rewards of a group differ, without which it teaches nothing."""
+    usable = scores.combined[scores.valid]
+    return len(usable) > 1 and bool(usable.min() < usable.max())
+
+
+def trainable_groups(batches: Sequence[Batch], world: int, *, drop: bool) -> Trainable:
+    """All groups of some batches, or with ``drop`` only those with a signal.
+
+    Where none has one, all of the first batch.
+    """
+    everything = [scores for batch in batches for scores in batch.scores]
+    if drop and not any(map(is_varied, everything)):
+        batches, drop = batches[:1], False
+    kept: list[tuple[Batch, int]] = []
+    for batch in batches:
+        places = range(len(batch.scores))
+        kept += [(batch, i) for i in places if not drop or is_varied(batch.scores[i])]
+    groups = []
+    for number, (batch, place) in enumerate(kept):
+        wanted = batch.scores[place].index
+        found = [group for group in batch.groups if group.request.index == wanted]
+        groups += [_renumbered(group, number) for group in found[:1]]
+    return Trainable(
+        # A process without any still takes part, with weight 0.
+        groups=groups or [_renumbered(batches[0].groups[0], 0)],
+        scores=[replace(batch.scores[i], index=n) for n, (batch, i) in enumerate(kept)],
+        owners=[owner(place, world) for _, place in kept],
+        everything=everything,
+    )
+
+
+def _renumbered(group: RolloutGroup, index: int) -> RolloutGroup:
+    return replace(group, request=replace(group.request, index=index))
+
+
 # What a prompt sampler learns
 
 
@@ -138,9 +198,10 @@ def learn(
         error = refusal
     agree_or_raise(accelerator, error)
     measures = dict(gather_items(accelerator, mine))
+    prompts = {request.index: request.prompt for request in requests}
     outcomes = [
         Outcome(
-            prompt_id=requests[scores.index].prompt.id,
+            prompt_id=prompts[scores.index].id,
             combined=scores.combined,
             valid=scores.valid,
             by_name=scores.by_name,

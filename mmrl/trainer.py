@@ -23,21 +23,24 @@ from mmrl.config import RunConfig
 from mmrl.distributed import (
     any_process,
     gather_items,
-    owner,
     sum_over_processes,
 )
 from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.preflight import MicroBatchShape, clip_range, micro_batch_shape, refuse_gap
 from mmrl.rollouts import (
+    Batch,
+    Trainable,
     assemble,
     collect_scores,
     due_refresh,
+    is_varied,
     learn,
     make_requests,
     roll_out,
     sampler_metrics,
     summary,
+    trainable_groups,
 )
 from mmrl.types import (
     Advantages,
@@ -127,27 +130,24 @@ class Trainer:
         means = Means()
         refreshed = self._refresh()
         requests = self._requests()
-        groups, rollout_time = _timed(lambda: self._roll_out(requests, means))
-        collected, reward_time = _timed(lambda: collect_scores(self.accelerator, self.scorer))
-        scores = assemble(collected)
-        self._learn(groups, collected, requests)
-        advantages = self._advantages(scores, collected)
+        rolled, times = self._collect(requests, means)
+        scores = assemble(rolled.scores)
+        advantages = self._advantages(scores, rolled.scores)
         rate = float(self.scheduler.get_last_lr()[0])
-        _, update_time = _timed(lambda: self._update(groups, scores, advantages, means))
+        _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(self.progress.updates)
         cpu_time = sum_over_processes(self.accelerator, [time.process_time() - cpu_started])
         self.progress = replace(self.progress, step=step + 1)
         return {
-            **summary(scores, collected),
+            **summary(assemble(rolled.everything), rolled.everything),
             **sampler_metrics(self.config.prompts.sampler, self.progress.sampler),
             **refreshed,
             **advantages.metrics,
             **self._reduced(means),
             "learning_rate": rate,
             "bad_updates": float(self.progress.bad_updates),
-            "time/rollout": rollout_time,
-            "time/reward": reward_time,
+            **times,
             "time/update": update_time,
             "step_time": time.perf_counter() - started,
             "time/cpu": cpu_time[0],
@@ -155,6 +155,36 @@ class Trainer:
 
     def _roll_out(self, requests: Sequence[RolloutRequest], means: Means) -> list[RolloutGroup]:
         return roll_out(self.backend, self.accelerator, self.scorer, requests, means)
+
+    def _collect(
+        self, requests: Sequence[RolloutRequest], means: Means
+    ) -> tuple[Trainable, dict[str, float]]:
+        """Groups to train on, and what they took: as many as a step has, if need be from more.
+
+        ``requests``: those of the step, then those that may take the place of groups without a
+        signal.
+        """
+        size, refills = self.config.training.prompts_per_step, self.config.training.refills
+        batches: list[Batch] = []
+        spent, start = {"time/rollout": 0.0, "time/reward": 0.0}, 0
+        for _ in range(1 + refills):
+            found = sum(is_varied(scores) for batch in batches for scores in batch.scores)
+            if found == size:
+                break
+            asked = requests[start : start + size - found]
+            start += len(asked)
+            groups, seconds = _timed(lambda: self._roll_out(asked, means))  # noqa: B023
+            spent["time/rollout"] += seconds
+            scores, seconds = _timed(lambda: collect_scores(self.accelerator, self.scorer))
+            spent["time/reward"] += seconds
+            self._learn(groups, scores, asked)
+            batches.append(Batch(groups=groups, scores=scores))
+        world = self.accelerator.num_processes
+        rolled = trainable_groups(batches, world, drop=refills > 0)
+        if refills:
+            spent["sampling/groups"] = float(start)
+            spent["sampling/groups_trained"] = float(len(rolled.scores))
+        return rolled, spent
 
     def _refresh(self) -> dict[str, float]:
         """Samples of every prompt, where the sampler wants them to score it; what they cost."""
@@ -211,7 +241,7 @@ class Trainer:
         step, seed = self.progress.step, self.config.seed
         chosen, state = sampler.module.take(
             self.prompts,
-            training.prompts_per_step,
+            training.prompts_per_step * (1 + training.refills),
             step,
             seed,
             sampler.config,
@@ -233,7 +263,7 @@ class Trainer:
         return result
 
     def _update(
-        self, groups: list[RolloutGroup], scores: Scores, advantages: Advantages, means: Means
+        self, rolled: Trainable, scores: Scores, advantages: Advantages, means: Means
     ) -> None:
         if not bool(advantages.keep.any()):
             means.add({"skipped_steps": (1.0, 1.0)})
@@ -241,10 +271,10 @@ class Trainer:
         training = self.config.training
         anchors: Anchors = {}
         for epoch in range(training.num_epochs):
-            windows = self._plan(groups, scores, advantages, epoch)
+            windows = self._plan(rolled, scores, advantages, epoch)
             if self.replay_gap is None:
                 self._check_replay(windows)
-            if epoch == 0 and self._off_policy and not self._trusts(groups[0]):
+            if epoch == 0 and self._off_policy and not self._trusts(rolled.groups[0]):
                 anchors = self._anchor(windows)
             for window in windows:
                 self._update_window(window, advantages, anchors, means)
@@ -268,9 +298,9 @@ class Trainer:
         return exact and group.logp_old is not None and "mean_gap_old" not in needs_of(self.config)
 
     def _plan(
-        self, groups: list[RolloutGroup], scores: Scores, advantages: Advantages, epoch: int
+        self, rolled: Trainable, scores: Scores, advantages: Advantages, epoch: int
     ) -> list[Window]:
-        training, world = self.config.training, self.accelerator.num_processes
+        training = self.config.training
         order = torch.arange(len(scores.combined))
         if training.updates_per_epoch > 1:
             key = repr((self.config.seed, self.progress.step, epoch)).encode()
@@ -278,13 +308,14 @@ class Trainer:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         return plan_windows(
-            groups,
+            rolled.groups,
+            rolled.owners,
             scores.group,
             [i for i in order.tolist() if bool(advantages.keep[i])],
             num_windows=training.updates_per_epoch,
             shape=micro_batch_shape(decisions, training.micro_batch_size),
             rank=self.accelerator.process_index,
-            world=world,
+            world=self.accelerator.num_processes,
         )
 
     def _check_replay(self, windows: list[Window]) -> None:
@@ -471,6 +502,7 @@ def needs_of(config: RunConfig) -> frozenset[str]:
 
 def plan_windows(
     groups: Sequence[RolloutGroup],
+    owners: Sequence[int],
     group_of: torch.Tensor,
     order: Sequence[int],
     *,
@@ -481,7 +513,8 @@ def plan_windows(
 ) -> list[Window]:
     """Deal samples ``order`` (positions among all samples of the step) into optimizer steps.
 
-    ``groups`` are those of this process; a sample belongs to the process that owns its group.
+    ``groups`` are those of this process; a sample belongs to the process that owns its group, by
+    ``owners``.
     Which samples share an optimizer step depends on ``order`` alone.  Every process gets equally
     many micro-batches in a window; a short one repeats work with weight 0.
     """
@@ -494,7 +527,7 @@ def plan_windows(
             continue  # fewer samples were kept than there are windows
         by_rank: list[list[int]] = [[] for _ in range(world)]
         for position in chunk.tolist():
-            by_rank[owner(int(group_of[position]), world)].append(position)
+            by_rank[owners[int(group_of[position])]].append(position)
         count = max(1, *(-(-len(positions) // shape.samples) for positions in by_rank))
         samples = []
         for position in by_rank[rank]:

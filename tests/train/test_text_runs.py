@@ -12,6 +12,7 @@ from toy.run import ROOT, column, launch, metrics_of, weights_of
 
 from mmrl.cli import save_samples
 from mmrl.config import apply_overrides, parse
+from mmrl.errors import UserError
 from mmrl.report import write_report
 from mmrl.runner import evaluate, load_run_config, sample, train
 
@@ -176,3 +177,29 @@ def test_sampling_by_variance_resumes_and_is_shared_out(model, tmp_path):
     assert progress[0] == progress[1]
     assert len(progress[0]["sampler"]["scores"]) == 4
     assert progress[0]["sampler"]["taken"] == 8
+
+
+REFILLS = (
+    "backend.rollout.max_tokens=2",
+    "training.refills=1",
+    "training.prompts_per_step=2",
+    "training.num_steps=3",
+    "training.group_size=2",
+)
+
+
+def test_groups_without_a_signal_are_replaced(model, tmp_path):
+    path = run(model, tmp_path / "one", *REFILLS)
+    rolled, trained = column(path, "sampling/groups"), column(path, "sampling/groups_trained")
+    assert any(count > 2 for count in rolled), "else this test tests nothing"
+    for asked, kept, samples in zip(rolled, trained, column(path, "num_samples"), strict=True):
+        assert samples == 2 * asked, "all are reported"
+        assert kept <= 2
+    done = launch(config(model, tmp_path / "two", *REFILLS), tmp_path / "two.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    close(path, tmp_path / "two" / "run")
+
+
+def test_more_refills_than_there_are_prompts(model, tmp_path):
+    with pytest.raises(UserError, match=r"3 x \(1 \+ 1 training.refills\) is more than the 4"):
+        run(model, tmp_path, "training.refills=1")
