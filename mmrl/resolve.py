@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,22 @@ def callable_at(path: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{module_name} has no attribute {attribute!r} (asked for as {path!r})")
     return getattr(module, attribute)
+
+
+def optional(module: str, extra: str, key: str) -> Any:
+    """A module of an extra; ``UserError`` with the command that installs it.
+
+    ``key``: what asked for it, such as ``reward 'math_verify'``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a package says while it loads is its own
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{key} needs the package {module!r}, which cannot be imported ({error}); "
+            f"pip install 'mmrl[{extra}]'"
+        ) from error
 
 
 def backend_module(name: str, module: str) -> ModuleType:
