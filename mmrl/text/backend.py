@@ -6,7 +6,7 @@ where each prompt stands once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from mmrl.text.config import Config, RolloutConfig
 from mmrl.text.estimate import describe, estimate_memory
 from mmrl.text.generation import Completion, Settings, generate
 from mmrl.text.head import Scored
-from mmrl.text.layout import Row
+from mmrl.text.layout import Encoded, Row
 from mmrl.text.loading import encode, end_tokens, load_network, load_tokenizer
 from mmrl.text.scoring import device_of, refuse_wrong_scores, score_rows
 from mmrl.types import (
@@ -56,9 +56,9 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Completions:
-    """Payload of a group: its ``prompt`` as token ids, and its samples."""
+    """Payload of a group: its ``prompt``, and its samples."""
 
-    prompt: list[int]
+    prompt: Encoded
     samples: tuple[Completion, ...]
 
 
@@ -72,11 +72,11 @@ class TextBackend:
         config: Config,
         network: Any,
         tokenizer: Any,
-        prompts: dict[str, list[int]],
+        prompts: Mapping[str, Encoded],
         *,
         keeps_reference: bool,
     ) -> None:
-        """``prompts``: token ids by prompt id.  ``keeps_reference``: for ``logp_ref``."""
+        """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``."""
         self.config = config
         self.notes = _notes(config)
         self.model: nn.Module = Policy(network)
@@ -150,7 +150,7 @@ class TextBackend:
             },
         )
 
-    def _prompt(self, prompt: Prompt) -> list[int]:
+    def _prompt(self, prompt: Prompt) -> Encoded:
         if prompt.id not in self._prompts:
             raise ValueError(f"prompt {prompt.text!r} was not among those given to build()")
         return self._prompts[prompt.id]
@@ -293,7 +293,7 @@ def build(
     limit = min(config.prompts.max_tokens or room, room)
     encoded = encode(tokenizer, prompts, config.prompts, limit)
     with autocast(network, DTYPES[config.model.dtype]):
-        refuse_wrong_scores(network, config)
+        refuse_wrong_scores(network, config, next(iter(encoded.values())))
     return TextBackend(config, network, tokenizer, encoded, keeps_reference="logp_ref" in needs)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.text.layout import Encoded, for_network, joined
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -47,7 +49,7 @@ class Completion:
 @torch.no_grad()
 def generate(
     network: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Encoded],
     owners: Sequence[int],
     uniforms: Tensor,
     settings: Settings,
@@ -60,6 +62,8 @@ def generate(
     completions = [Completion() for _ in owners]
     cache, logits, seen = _read(network, prompts, device)
     rows = torch.tensor(owners, device=device)
+    after = torch.tensor([prompt.after for prompt in prompts], device=device)[rows]
+    axes = len(prompts[0].positions)
     cache.batch_select_indices(rows)
     logits, seen, alive = logits[rows], seen[rows], list(range(len(owners)))
     for step in range(settings.max_tokens):
@@ -72,9 +76,11 @@ def generate(
         if len(going) < len(alive):
             kept = torch.tensor(going, device=device)
             cache.batch_select_indices(kept)
-            tokens, seen, alive = tokens[kept], seen[kept], [alive[i] for i in going]
+            tokens, seen, after = tokens[kept], seen[kept], after[kept]
+            alive = [alive[i] for i in going]
         seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-        logits, cache = _forward(network, tokens[:, None], seen, cache)
+        places = (after + step)[:, None].expand(axes, -1, -1)
+        logits = _forward(network, tokens[:, None], seen, places, cache)
     return completions
 
 
@@ -126,35 +132,43 @@ def _append(completion: Completion, token: int, logp: float, settings: Settings)
 
 
 def _read(
-    network: Any, prompts: Sequence[Sequence[int]], device: torch.device
+    network: Any, prompts: Sequence[Encoded], device: torch.device
 ) -> tuple[Any, Tensor, Tensor]:
     """Cache, logits [P, V] after the last token, and which tokens are no padding [P, L]."""
     from transformers import DynamicCache
 
-    longest = max(map(len, prompts))
+    longest = max(len(prompt.ids) for prompt in prompts)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    seen = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    seen = torch.zeros_like(tokens)
+    places = tokens.new_zeros(len(prompts[0].positions), *tokens.shape)
     for row, prompt in enumerate(prompts):  # padded on the left, so that all end together
-        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-        seen[row, longest - len(prompt) :] = 1
-    tokens, seen = tokens.to(device), seen.to(device)
-    logits, cache = _forward(network, tokens, seen, DynamicCache(config=network.config))
-    return cache, logits, seen
+        first = longest - len(prompt.ids)
+        tokens[row, first:] = torch.tensor(prompt.ids)
+        seen[row, first:] = 1
+        places[:, row, first:] = prompt.positions
+    tokens, seen, places = (x.to(device) for x in (tokens, seen, places))
+    inputs = {name: value.to(device) for name, value in joined(prompts).items()}
+    cache = DynamicCache(config=network.config)
+    return cache, _forward(network, tokens, seen, places, cache, **inputs), seen
 
 
-def _forward(network: Any, tokens: Tensor, seen: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits [n, V] after the last of ``tokens`` [n, t], which ``cache`` then knows."""
-    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    name = cache_argument(network)
+def _forward(
+    network: Any, tokens: Tensor, seen: Tensor, places: Tensor, cache: Any, **inputs: Tensor
+) -> Tensor:
+    """Logits [n, V] after the last of ``tokens`` [n, t] at ``places`` [A, n, t].
+
+    ``cache`` knows the tokens before them, and these afterwards.
+    """
     out = network(
         input_ids=tokens,
         attention_mask=seen,
-        position_ids=positions,
+        position_ids=for_network(places),
         use_cache=True,
         logits_to_keep=1,
-        **{name: cache},
+        **{cache_argument(network): cache},
+        **inputs,
     )
-    return out.logits[:, -1], cache
+    return out.logits[:, -1]
 
 
 def cache_argument(network: Any) -> str:

@@ -13,6 +13,7 @@ from mmrl.errors import UserError
 from mmrl.noise import generator
 from mmrl.text.attention import NAME, register
 from mmrl.text.config import Config, ModelConfig, PromptConfig
+from mmrl.text.layout import Encoded
 from mmrl.types import DTYPES, Prompt
 from mmrl.weights import trainable
 
@@ -70,8 +71,8 @@ def prepare(network: Any, model: ModelConfig, seed: int) -> None:
 
 def encode(
     tokenizer: Any, prompts: Sequence[Prompt], config: PromptConfig, limit: int
-) -> dict[str, list[int]]:
-    """Token ids by prompt id; ``UserError`` for a prompt of more than ``limit`` tokens."""
+) -> dict[str, Encoded]:
+    """By prompt id; ``UserError`` for a prompt of more than ``limit`` tokens."""
     has_template = getattr(tokenizer, "chat_template", None) is not None
     chat = has_template if config.chat is None else config.chat
     if (chat or config.system) and not has_template:
@@ -84,7 +85,7 @@ def encode(
             raise UserError(
                 f"prompts: {prompt.text!r:.80} has {len(ids)} tokens; allowed: 1 to {limit}"
             )
-        found[prompt.id] = list(ids)
+        found[prompt.id] = Encoded.of_text(list(ids))
     return found
 
 

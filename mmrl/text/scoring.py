@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from mmrl.errors import UserError
 from mmrl.text.config import Config
 from mmrl.text.head import Scored, score
-from mmrl.text.layout import Layout, Row, lay_out
+from mmrl.text.layout import Encoded, Layout, Row, for_network, joined, lay_out
 from mmrl.types import DTYPES
 
 How = Literal["shared_prompt", "packed", "padded"]
-PROBE = (Row(prompt=(1, 2, 3), completion=(4, 5)), Row(prompt=(1, 2, 3), completion=(6, 7, 8)))
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
@@ -50,12 +49,13 @@ def packed_states(network: Any, layout: Layout) -> Tensor:
     """Hidden states [L, D] of a row of trees."""
     # A mask of four dimensions is taken as it is; attention has the layout instead.
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.tokens.device)
-    out = network.get_decoder()(
+    out = network.base_model(
         input_ids=layout.tokens,
-        position_ids=layout.positions,
+        position_ids=for_network(layout.positions),
         attention_mask=unused,
         use_cache=False,
         layout=layout,
+        **layout.inputs,
     )
     return out.last_hidden_state[0]
 
@@ -63,32 +63,41 @@ def packed_states(network: Any, layout: Layout) -> Tensor:
 def padded_states(network: Any, rows: Sequence[Row]) -> Tensor:
     """Hidden states [M, D] that predict the tokens of all completions, a padded row for each."""
     device = device_of(network)
-    texts = [torch.tensor([*row.prompt, *row.completion]) for row in rows]
-    tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
-    seen = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    out = network.get_decoder()(
-        input_ids=tokens, attention_mask=seen.to(device), use_cache=False
+    texts = [torch.tensor([*row.prompt.ids, *row.completion]) for row in rows]
+    places = [row.prompt.positions_with(len(row.completion)).T for row in rows]
+    tokens, seen, positions = (
+        nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+        for parts in (texts, [torch.ones_like(text) for text in texts], places)
+    )
+    inputs = joined([row.prompt for row in rows])
+    out = network.base_model(
+        input_ids=tokens,
+        attention_mask=seen,
+        position_ids=for_network(positions.permute(2, 0, 1)),
+        use_cache=False,
+        **{name: value.to(device) for name, value in inputs.items()},
     ).last_hidden_state
     parts = [
-        states[len(row.prompt) - 1 : len(row.prompt) + len(row.completion) - 1]
-        for row, states in zip(rows, out, strict=True)
+        states[len(row.prompt.ids) - 1 : len(text) - 1]
+        for row, text, states in zip(rows, texts, out, strict=True)
     ]
     return torch.cat(parts)
 
 
-def refuse_wrong_scores(network: Any, config: Config) -> None:
-    """``UserError`` if a few tokens score otherwise than by the network's own logits.
+def refuse_wrong_scores(network: Any, config: Config, prompt: Encoded) -> None:
+    """``UserError`` if tokens after a prompt score otherwise than by the network's own logits.
 
     Some architectures do more between hidden states and logits, or attend in ways of their own.
     """
+    probe = [Row(prompt=prompt, completion=ids) for ids in ((4, 5), (6, 7, 8))]
     try:
         with torch.no_grad():
             found = score_rows(
-                network, PROBE, 3, how=config.update, temperature=1.0, chunk=2, with_entropy=False
+                network, probe, 3, how=config.update, temperature=1.0, chunk=2, with_entropy=False
             ).logp
             gap = max(
                 float((found[i, : len(row.completion)] - own_logp(network, row)).abs().max())
-                for i, row in enumerate(PROBE)
+                for i, row in enumerate(probe)
             )
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(_refusal(network, config, str(error))) from error
@@ -98,9 +107,14 @@ def refuse_wrong_scores(network: Any, config: Config) -> None:
 
 def own_logp(network: Any, row: Row) -> Tensor:
     """[K] log-probabilities of a completion by the network's own forward."""
-    tokens = torch.tensor([[*row.prompt, *row.completion]], device=device_of(network))
-    logits = network(input_ids=tokens, use_cache=False).logits[0].float()
-    logp = logits[len(row.prompt) - 1 : -1].log_softmax(-1)
+    device, length = device_of(network), len(row.completion)
+    logits = network(
+        input_ids=torch.tensor([[*row.prompt.ids, *row.completion]], device=device),
+        position_ids=for_network(row.prompt.positions_with(length)[:, None].to(device)),
+        use_cache=False,
+        **{name: value.to(device) for name, value in row.prompt.inputs.items()},
+    ).logits
+    logp = logits[0, len(row.prompt.ids) - 1 : -1].float().log_softmax(-1)
     return logp.gather(1, torch.tensor(row.completion).to(logp.device)[:, None])[:, 0]
 
 

@@ -8,8 +8,10 @@ from tiny_text import ARCHITECTURES, PROMPTS, make_backend, make_requests, netwo
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mmrl.text.generation import Settings, choose, generate
+from mmrl.text.layout import Encoded
 
 PROMPT_IDS = [[5, 6, 7, 8], [9], [10, 11, 12]]
+ENCODED = [Encoded.of_text(ids) for ids in PROMPT_IDS]
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5, 3.0]])
 
 
@@ -56,7 +58,7 @@ def test_temperature_0_takes_the_likeliest():
 def test_greedy_completions_are_those_of_transformers(name):
     model = network(name)
     settings = Settings(max_tokens=8, temperature=0, ends=frozenset({2}))
-    found = generate(model, PROMPT_IDS, [0, 1, 2], torch.zeros(3, 8), settings)
+    found = generate(model, ENCODED, [0, 1, 2], torch.zeros(3, 8), settings)
     for prompt, completion in zip(PROMPT_IDS, found, strict=True):
         expected = model.generate(
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=2
@@ -70,7 +72,7 @@ def test_recorded_log_probabilities_are_those_of_whole_texts():
     settings = Settings(max_tokens=10, temperature=0.7, ends=frozenset({2}))
     owners = [0, 0, 1, 1, 2, 2]
     for owner, sample in zip(
-        owners, generate(model, PROMPT_IDS, owners, uniforms, settings), strict=True
+        owners, generate(model, ENCODED, owners, uniforms, settings), strict=True
     ):
         prompt = PROMPT_IDS[owner]
         with torch.no_grad():
@@ -84,10 +86,10 @@ def test_a_sample_does_not_depend_on_what_is_in_the_batch():
     uniforms = torch.rand(5, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     settings = Settings(max_tokens=12, ends=frozenset({2, 3, 4, 5, 6}))
     owners = [2, 0, 1, 0, 2]
-    together = generate(model, PROMPT_IDS, owners, uniforms, settings)
+    together = generate(model, ENCODED, owners, uniforms, settings)
     assert len({len(sample.ids) for sample in together}) > 1, "some leave the batch early"
     for i, owner in enumerate(owners):
-        (alone,) = generate(model, [PROMPT_IDS[owner]], [0], uniforms[i : i + 1], settings)
+        (alone,) = generate(model, [ENCODED[owner]], [0], uniforms[i : i + 1], settings)
         assert alone.ids == together[i].ids
         assert alone.finished == together[i].finished
 
@@ -96,7 +98,11 @@ def test_an_end_token_belongs_to_the_completion_and_nothing_follows():
     model = network("qwen3")
     everything = frozenset(range(3, 40))
     (sample,) = generate(
-        model, [[5]], [0], torch.full((1, 4), 0.5), Settings(max_tokens=4, ends=everything)
+        model,
+        [Encoded.of_text([5])],
+        [0],
+        torch.full((1, 4), 0.5),
+        Settings(max_tokens=4, ends=everything),
     )
     assert len(sample.ids) == len(sample.logp) == 1
     assert sample.finished
@@ -104,7 +110,9 @@ def test_an_end_token_belongs_to_the_completion_and_nothing_follows():
 
 def test_the_limit_leaves_a_completion_unfinished():
     model = network("qwen3")
-    (sample,) = generate(model, [[5]], [0], torch.full((1, 3), 0.5), Settings(max_tokens=3))
+    (sample,) = generate(
+        model, [Encoded.of_text([5])], [0], torch.full((1, 3), 0.5), Settings(max_tokens=3)
+    )
     assert len(sample.ids) == 3
     assert not sample.finished
 

@@ -62,7 +62,7 @@ def test_a_chat_template_that_is_missing(tmp_path, folders, prompts):
     with pytest.raises(UserError, match="has no chat template"):
         make_backend(tmp_path / "plain", prompts=prompts)
     backend = make_backend(tmp_path / "plain")
-    assert len(backend._prompts["p"]) == len(PROMPTS[0].text.split())
+    assert len(backend._prompts["p"].ids) == len(PROMPTS[0].text.split())
 
 
 def test_prompts_that_are_too_long(folders):

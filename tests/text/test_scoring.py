@@ -8,15 +8,16 @@ from tiny_text import ARCHITECTURES, make_backend, make_batch, make_requests, ne
 
 from mmrl.text.attention import NAME, register
 from mmrl.text.head import score
-from mmrl.text.layout import Row, lay_out
+from mmrl.text.layout import Encoded, Row, lay_out
 from mmrl.text.scoring import own_logp, score_rows
 from mmrl.weights import trainable
 
+LONG, SHORT = Encoded.of_text((5, 6, 7)), Encoded.of_text((10,))
 ROWS = (
-    Row(prompt=(5, 6, 7), completion=(8, 9)),
-    Row(prompt=(10,), completion=(11, 12, 13, 14)),
-    Row(prompt=(5, 6, 7), completion=(15,)),
-    Row(prompt=(5, 6, 7), completion=(8, 9, 10)),
+    Row(prompt=LONG, completion=(8, 9)),
+    Row(prompt=SHORT, completion=(11, 12, 13, 14)),
+    Row(prompt=LONG, completion=(15,)),
+    Row(prompt=LONG, completion=(8, 9, 10)),
 )
 WAYS = ("shared_prompt", "packed", "padded")
 
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_padded_form(name, how):
 def test_a_prompt_is_computed_once_for_all_its_completions():
     shared, apart = (lay_out(ROWS, share_prompts=share) for share in (True, False))
     assert shared.tokens.shape == (1, 3 + 2 + 1 + 3 + 1 + 4)
-    assert apart.tokens.shape == (1, sum(len(r.prompt) + len(r.completion) for r in ROWS))
+    assert apart.tokens.shape == (1, sum(len(r.prompt.ids) + len(r.completion) for r in ROWS))
     assert len(shared.trees) == 2
     assert len(apart.trees) == 4
 
@@ -79,10 +80,13 @@ def test_a_layout_knows_whose_each_token_is(share):
         assert values[i].tolist() == [*row.completion, *[0] * (4 - len(row.completion))]
     before = layout.unpack(layout.tokens[0, layout.before], (4, 4))
     for i, row in enumerate(ROWS):
-        assert before[i, : len(row.completion)].tolist() == [row.prompt[-1], *row.completion[:-1]]
-    places = layout.unpack(layout.positions[0, layout.before], (4, 4))
+        assert before[i, : len(row.completion)].tolist() == [
+            row.prompt.ids[-1],
+            *row.completion[:-1],
+        ]
+    places = layout.unpack(layout.positions[0, 0, layout.before], (4, 4))
     for i, row in enumerate(ROWS):
-        expected = range(len(row.prompt) - 1, len(row.prompt) + len(row.completion) - 1)
+        expected = range(len(row.prompt.ids) - 1, len(row.prompt.ids) + len(row.completion) - 1)
         assert places[i, : len(row.completion)].tolist() == list(expected)
 
 
