@@ -29,12 +29,15 @@ class Prompt:
     """One conditioning input.
 
     ``id`` is derived from the content, so it survives reordering of the file.  ``columns`` holds
-    every other column of the data set; rewards receive them under their own names.
+    every other column of the data set; rewards receive them under their own names.  ``messages``:
+    where the prompt is a conversation, its messages with ``role`` and ``content``; ``text`` is then
+    that of the user's last one.
     """
 
     id: str
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, Any]] = ()
 
     @property
     def task(self) -> str:

@@ -27,6 +27,7 @@ from mmrl.errors import UserError, require
 from mmrl.resolve import resolve
 from mmrl.schema import StrictModel, nearest, validate
 from mmrl.types import Prompt, RolloutGroup
+from rewards._signatures import GROUP
 
 Reward = Callable[..., Any]
 
@@ -313,7 +314,9 @@ class _Worker:
 def scored(reward: Reward, group: RolloutGroup, label: str) -> _Outcome:
     """One call of ``reward``; never raises."""
     prompt, size = group.request.prompt, group.request.group_size
-    columns = {name: [value] * size for name, value in prompt.columns.items()}
+    columns: dict[str, Any] = {name: [value] * size for name, value in prompt.columns.items()}
+    if getattr(reward, "reads_group", False):
+        columns[GROUP] = group
     start = time.perf_counter()
     try:
         returned = reward([prompt.text] * size, list(group.outputs), **columns)
