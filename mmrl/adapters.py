@@ -43,15 +43,17 @@ class LoraConfig(StrictModel):
     )
 
 
-def add_lora(model: Any, lora: LoraConfig, default_targets: Sequence[str]) -> None:
+def add_lora(model: Any, lora: LoraConfig, default_targets: Sequence[str] | str) -> None:
     """Freeze the model and add a trainable adapter whose output starts at 0.
 
-    ``UserError`` if a target module does not exist.
+    ``default_targets``: endings of module names, or a pattern.  ``UserError`` if a target module
+    does not exist.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    targets = lora.target_modules or list(default_targets)
+    targets = lora.target_modules or default_targets
+    targets = targets if isinstance(targets, str) else list(targets)
     model.requires_grad_(False)
     config = PeftConfig(
         r=lora.rank,

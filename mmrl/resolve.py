@@ -28,9 +28,10 @@ KINDS: dict[str, str] = {
     "samplers": "mmrl.prompts",
     "rewards": "rewards",
     "models": "diffusion.models",
+    "vision_models": "vlm.models",
 }
 # A backend is a package: its ``config`` is read by every command, its ``backend`` only to run.
-BACKENDS: dict[str, str] = {"diffusion": "diffusion", "text": "mmrl.text"}
+BACKENDS: dict[str, str] = {"diffusion": "diffusion", "text": "mmrl.text", "vlm": "vlm"}
 NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
 
 
@@ -62,10 +63,10 @@ def callable_at(path: str) -> Any:
     return getattr(module, attribute)
 
 
-def optional(module: str, extra: str, key: str) -> Any:
-    """A module of an extra; ``UserError`` with the command that installs it.
+def optional(module: str, install: str, key: str) -> Any:
+    """A module that may be missing; ``UserError`` with the command that installs it.
 
-    ``key``: what asked for it, such as ``reward 'math_verify'``.
+    ``install``: what pip is given.  ``key``: what asked, such as ``reward 'math_verify'``.
     """
     try:
         with warnings.catch_warnings():
@@ -74,7 +75,7 @@ def optional(module: str, extra: str, key: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{key} needs the package {module!r}, which cannot be imported ({error}); "
-            f"pip install 'mmrl[{extra}]'"
+            f"pip install '{install}'"
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""The vision-language backend, on transformers; its models come with a later release."""
+"""Vision-language models on transformers."""

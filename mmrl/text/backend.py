@@ -75,13 +75,19 @@ class TextBackend:
         prompts: Mapping[str, Encoded],
         *,
         keeps_reference: bool,
+        saved: Any = None,
+        forbidden: tuple[int, ...] = (),
     ) -> None:
-        """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``."""
+        """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``.  ``saved``: what goes
+        with the exported weights in place of the tokenizer.  ``forbidden``: ids never sampled.
+        """
         self.config = config
         self.notes = _notes(config)
         self.model: nn.Module = Policy(network)
         self._network = network
         self._tokenizer = tokenizer
+        self._saved = tokenizer if saved is None else saved
+        self._forbidden = forbidden
         self._prompts = prompts
         self._ends = end_tokens(tokenizer, network)
         self._keeps_reference = keeps_reference and config.model.lora is None
@@ -130,6 +136,7 @@ class TextBackend:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             ends=self._ends,
+            forbidden=self._forbidden,
             stopped=stopped if stops else None,
         )
 
@@ -251,7 +258,7 @@ class TextBackend:
             self._network.save_pretrained(folder, state_dict=state)
         else:
             self._export_adapter(folder, trained)
-        self._tokenizer.save_pretrained(folder)
+        self._saved.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _export_adapter(self, folder: Path, trained: dict[str, Tensor]) -> None:
@@ -288,13 +295,17 @@ def build(
     """
     tokenizer = load_tokenizer(config.model.path)
     network = load_network(config, seed, device)
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    room = (positions or 1 << 30) - config.rollout.max_tokens
-    limit = min(config.prompts.max_tokens or room, room)
-    encoded = encode(tokenizer, prompts, config.prompts, limit)
+    encoded = encode(tokenizer, prompts, config.prompts, room_for_prompts(network, config))
     with autocast(network, DTYPES[config.model.dtype]):
         refuse_wrong_scores(network, config, next(iter(encoded.values())))
     return TextBackend(config, network, tokenizer, encoded, keeps_reference="logp_ref" in needs)
+
+
+def room_for_prompts(network: Any, config: Config) -> int:
+    """Tokens that a prompt may have, so that the longest completion finds positions after it."""
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    room = (positions or 1 << 30) - config.rollout.max_tokens
+    return min(config.prompts.max_tokens or room, room)
 
 
 def autocast(network: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -51,11 +51,11 @@ def usage(backend: Mapping[str, Any]) -> str:
     if system:
         messages.insert(0, {"role": "system", "content": system})
     ask = _PLAIN if prompts.get("chat") is False else _CHAT.format(messages=messages)
-    call = "".join(f"    {key}={value},\n" for key, value in _sampling(backend).items())
+    call = "".join(f"    {key}={value},\n" for key, value in sampling(backend).items())
     return load.format(dtype=DTYPES[model.get("dtype", "bf16")]) + ask + _ASK.format(call=call)
 
 
-def _sampling(backend: Mapping[str, Any]) -> dict[str, Any]:
+def sampling(backend: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``generate`` for samples like those of the run's evaluation."""
     changes = {k: v for k, v in (backend.get("evaluation") or {}).items() if v is not None}
     rollout = {**(backend.get("rollout") or {}), **changes}

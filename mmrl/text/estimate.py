@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,31 +14,34 @@ from mmrl.text.loading import LORA_TARGETS, known
 from mmrl.types import DTYPES
 from mmrl.weights import trainable
 
+Targets = Sequence[str] | str
+LOADER = "AutoModelForCausalLM"
 HIDDEN_TENSORS = 34
 """Hidden-sized tensors that one block keeps of a token for its backward pass, by Korthikanti et
 al. 2022, arXiv:2205.05198, doubled for gated feed-forward layers and adapters."""
 
 
-def outline(config: Config) -> tuple[Any, int, int]:
+def outline(config: Config, loader: str, targets: Targets) -> tuple[Any, int, int]:
     """The network on the meta device, and how many parameters it has and how many are trained."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     try:
         found = AutoConfig.from_pretrained(known(config.model.path))
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(found)
+            network = getattr(transformers, loader).from_config(found)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {config.model.path!r}: {error}") from error
     total = sum(parameter.numel() for parameter in network.parameters())
     if config.model.lora is not None:
         with torch.device("meta"):
-            add_lora(network, config.model.lora, LORA_TARGETS)
+            add_lora(network, config.model.lora, targets)
     return network, total, sum(p.numel() for p in trainable(network).values())
 
 
-def describe(config: Config) -> list[str]:
-    """Lines for ``mmrl check``."""
-    network, total, trained = outline(config)
+def describe(config: Config, loader: str = LOADER, targets: Targets = LORA_TARGETS) -> list[str]:
+    """Lines for ``mmrl check``; ``loader``: a class of transformers."""
+    network, total, trained = outline(config, loader, targets)
     model, lora, rollout = config.model, config.model.lora, config.rollout
     how = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora else "all parameters"
     return [
@@ -48,14 +52,16 @@ def describe(config: Config) -> list[str]:
     ]
 
 
-def estimate_memory(config: Config) -> dict[str, float]:
+def estimate_memory(
+    config: Config, loader: str = LOADER, targets: Targets = LORA_TARGETS
+) -> dict[str, float]:
     """Bytes by use, of one process that shares nothing with others.
 
     ``weights``, ``gradients_and_optimizer`` (AdamW), the float32 ``copy_of_trained_weights``, the
     ``logits`` of a chunk, and roughly ``activations_per_decision``: of a sample in a micro-batch
     with the longest completion; its prompt is not counted.
     """
-    network, total, trained = outline(config)
+    network, total, trained = outline(config, loader, targets)
     width = torch.empty((), dtype=DTYPES[config.model.dtype]).element_size()
     text = network.config.get_text_config()
     frozen = total * width if config.model.lora is not None else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,21 @@ def load_tokenizer(path: str) -> Any:
         raise UserError(f"model.path = {path!r} has no tokenizer: {error}") from error
 
 
-def load_network(config: Config, seed: int, device: torch.device) -> Any:
-    """The causal language model, ready to be trained; ``seed`` starts the adapter.
+def load_network(
+    config: Config,
+    seed: int,
+    device: torch.device,
+    *,
+    loader: str = "AutoModelForCausalLM",
+    vision: bool = False,
+    targets: Sequence[str] | str = LORA_TARGETS,
+) -> Any:
+    """The language model, ready to be trained; ``seed`` starts the adapter.
 
-    ``UserError`` if it cannot be loaded, or has no module that ``lora`` names.
+    ``loader``: a class of transformers.  ``vision``: it has a tower, which attends as usual.
+    ``UserError`` if it cannot be loaded, or has no module that ``lora`` or ``targets`` name.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -43,18 +52,21 @@ def load_network(config: Config, seed: int, device: torch.device) -> Any:
     model = config.model
     # Trained parameters must not pass through half precision on their way from the file.
     dtype = DTYPES[model.dtype] if model.lora else torch.float32
-    kernel = NAME if config.update != "padded" else "sdpa"
+    kernel: Any = NAME if config.update != "padded" else "sdpa"
+    kernel = {"text_config": kernel, "vision_config": "sdpa", "": "sdpa"} if vision else kernel
     try:
-        network: Any = AutoModelForCausalLM.from_pretrained(
+        network: Any = getattr(transformers, loader).from_pretrained(
             known(model.path), dtype=dtype, attn_implementation=kernel
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {model.path!r} cannot be loaded: {error}") from error
-    prepare(network, model, seed)
+    prepare(network, model, seed, targets)
     return network.to(device)
 
 
-def prepare(network: Any, model: ModelConfig, seed: int) -> None:
+def prepare(
+    network: Any, model: ModelConfig, seed: int, targets: Sequence[str] | str = LORA_TARGETS
+) -> None:
     """Trained parameters in float32; with LoRA the others are frozen as they are."""
     network.eval()  # no dropout: a ratio compares the same function with itself
     if model.gradient_checkpointing:
@@ -64,7 +76,7 @@ def prepare(network: Any, model: ModelConfig, seed: int) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 0, "lora").initial_seed())
-        add_lora(network, model.lora, LORA_TARGETS)
+        add_lora(network, model.lora, targets)
     for parameter in trainable(network).values():
         parameter.data = parameter.data.float()
 
@@ -72,7 +84,11 @@ def prepare(network: Any, model: ModelConfig, seed: int) -> None:
 def encode(
     tokenizer: Any, prompts: Sequence[Prompt], config: PromptConfig, limit: int
 ) -> dict[str, Encoded]:
-    """By prompt id; ``UserError`` for a prompt of more than ``limit`` tokens."""
+    """By prompt id; ``UserError`` for a prompt of more than ``limit`` tokens.
+
+    The messages of a prompt that has some go into the chat template; the configured system message
+    comes before them unless they begin with one.
+    """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     chat = has_template if config.chat is None else config.chat
     if (chat or config.system) and not has_template:
@@ -80,7 +96,12 @@ def encode(
         raise UserError(f"{key}: this tokenizer has no chat template; allowed: false or null")
     found = {}
     for prompt in prompts:
-        ids = _chat(tokenizer, prompt.text, config) if chat else tokenizer(prompt.text).input_ids
+        if len(prompt.messages) > 1 and not chat:
+            raise UserError(
+                f"prompts: {prompt.text!r:.80} has {len(prompt.messages)} messages, which need a "
+                "chat template; this tokenizer has none, or prompts.chat = false"
+            )
+        ids = _chat(tokenizer, prompt, config) if chat else tokenizer(prompt.text).input_ids
         if not ids or len(ids) > limit:
             raise UserError(
                 f"prompts: {prompt.text!r:.80} has {len(ids)} tokens; allowed: 1 to {limit}"
@@ -89,13 +110,27 @@ def encode(
     return found
 
 
-def _chat(tokenizer: Any, text: str, config: PromptConfig) -> list[int]:
-    messages = [{"role": "user", "content": text}]
-    if config.system is not None:
+def _chat(tokenizer: Any, prompt: Prompt, config: PromptConfig) -> list[int]:
+    given = prompt.messages or [{"role": "user", "content": prompt.text}]
+    messages = [{**message, "content": _written(message, prompt)} for message in given]
+    if config.system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.system})
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
+
+
+def _written(message: Mapping[str, Any], prompt: Prompt) -> str:
+    """The content as one text, as templates of text models want it."""
+    parts = message["content"]
+    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    for part in parts:
+        if not isinstance(part.get("text"), str):
+            raise UserError(
+                f"prompts: {prompt.text!r:.80} has a part of type {part.get('type')!r} in its "
+                "messages; a text model reads text only"
+            )
+    return "\n".join(part["text"] for part in parts)
 
 
 def end_tokens(tokenizer: Any, network: Any) -> frozenset[int]:

@@ -89,7 +89,8 @@ def refuse_wrong_scores(network: Any, config: Config, prompt: Encoded) -> None:
 
     Some architectures do more between hidden states and logits, or attend in ways of their own.
     """
-    probe = [Row(prompt=prompt, completion=ids) for ids in ((4, 5), (6, 7, 8))]
+    last = prompt.ids[-1]  # a token of text, which not all are
+    probe = [Row(prompt=prompt, completion=[last] * length) for length in (2, 3)]
     try:
         with torch.no_grad():
             found = score_rows(

@@ -1,0 +1,241 @@
+"""Contracts with transformers: what its own models and processors say of the same prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from tiny_text import make_batch, make_requests
+from tiny_vlm import VISION, make_backend, network, picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmrl.card import usage
+from mmrl.errors import UserError
+from mmrl.text.layout import lay_out
+from mmrl.types import Prompt
+from mmrl.weights import trainable
+from vlm.encoding import content
+from vlm.images import open_image
+
+WAYS = pytest.mark.parametrize("update", ["shared_prompt", "packed", "padded"])
+LOGP = frozenset({"logp"})
+
+
+def move(backend, scale=0.05):
+    for parameter in trainable(backend.model).values():
+        generator = torch.Generator().manual_seed(parameter.numel())
+        parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def plain(folder, prompt, completion):
+    """Log-probabilities [K] as a user of transformers would compute them."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    ids = torch.tensor([[*prompt.ids, *completion]])
+    kinds = (ids == processor.image_token_id).int()
+    with torch.no_grad():
+        options = {"mm_token_type_ids": kinds, **prompt.inputs} if prompt.inputs else {}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
+    logp = logits[0, len(prompt.ids) - 1 : -1].log_softmax(-1)
+    return logp[range(len(completion)), list(completion)]
+
+
+@WAYS
+def test_scores_are_those_of_transformers(folders, prompts, family, update):
+    backend = make_backend(folders[family], family, prompts, update=update)
+    groups = list(backend.rollout(make_requests(prompts=prompts, group_size=2)))
+    batch = make_batch(backend, groups)
+    found = backend.evaluate(batch, LOGP).logp.detach()
+    for i, row in enumerate(batch.payload):
+        expected = plain(folders[family], row.prompt, row.completion)
+        torch.testing.assert_close(found[i, : len(expected)], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("update", ["shared_prompt", "packed"])
+def test_gradients_are_those_of_the_padded_form(folders, prompts, family, update):
+    gradients = []
+    for way in (update, "padded"):
+        backend = make_backend(folders[family], family, prompts, update=way)
+        groups = list(backend.rollout(make_requests(prompts=prompts)))
+        move(backend)
+        backend.evaluate(make_batch(backend, groups), LOGP).logp.sum().backward()
+        live = trainable(backend.model).values()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in live]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_images_of_a_prompt_are_read_once_for_all_completions(folders, prompts, family):
+    backend = make_backend(folders[family], family, prompts)
+    groups = list(backend.rollout(make_requests(prompts=prompts)))
+    rows = make_batch(backend, groups).payload
+    shared, apart = (lay_out(rows, share_prompts=share).inputs for share in (True, False))
+    assert len(shared["image_grid_thw"]) == 3, "one picture and two"
+    assert len(apart["image_grid_thw"]) == 12
+    assert len(apart["pixel_values"]) == 4 * len(shared["pixel_values"])
+
+
+def test_pixels_follow_their_samples_in_any_order(folders, prompts, family):
+    backend = make_backend(folders[family], family, prompts)
+    groups = list(backend.rollout(make_requests(prompts=prompts, group_size=2)))
+    rows = [(group, i) for group in groups for i in range(2)]
+    whole = backend.evaluate(make_batch(backend, groups), LOGP).logp
+    for order in ([3, 0, 5, 2, 1, 4], [5, 4], [2], [0, 2, 4]):
+        payload, mask = backend.collate([rows[i] for i in order])
+        batch = make_batch(backend, groups)
+        batch = type(batch)(
+            payload=payload,
+            mask=mask,
+            advantages=batch.advantages[order],
+            weights=batch.weights[order],
+        )
+        found = backend.evaluate(batch, LOGP).logp
+        width = mask.shape[1]
+        expected = whole[order][:, :width]
+        torch.testing.assert_close(found * mask, expected * mask, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_completions_are_those_of_transformers(folders, prompts, family):
+    backend = make_backend(
+        folders[family], family, prompts, evaluation={"temperature": 0.0, "max_tokens": 6}
+    )
+    backend._forbidden = ()  # transformers may choose anything
+    model = AutoModelForImageTextToText.from_pretrained(folders[family])
+    for group in backend.rollout(make_requests(prompts=prompts, group_size=1), evaluation=True):
+        prompt = group.payload.prompt
+        ids = torch.tensor([prompt.ids])
+        kinds = (ids == model.config.image_token_id).int()
+        options = {"mm_token_type_ids": kinds, **prompt.inputs} if prompt.inputs else {}
+        expected = model.generate(
+            input_ids=ids,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
+            **options,
+        )
+        assert group.payload.samples[0].ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_tokens_of_vision_are_never_sampled(folders, prompts, family):
+    backend = make_backend(folders[family], family, prompts, {"max_tokens": 40, "temperature": 5.0})
+    groups = list(backend.rollout(make_requests(prompts=prompts, group_size=16)))
+    seen = {token for group in groups for sample in group.payload.samples for token in sample.ids}
+    vision = set(backend._tokenizer.convert_tokens_to_ids(list(VISION)))
+    assert vision == {3, 4, 5, 6}
+    assert not seen & vision
+    assert len(seen) > 30, "everything else is"
+
+
+def test_the_tower_and_the_base_stay_as_they_are(folders, prompts, family):
+    for lora in ({"rank": 4, "alpha": 8}, None):
+        backend = make_backend(folders[family], family, prompts, model={"lora": lora})
+        live = trainable(backend.model)
+        assert live
+        assert not any("visual" in name for name in live)
+    before = network(family).state_dict()
+    after = backend._network.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_exports_load_in_transformers_and_peft(folders, prompts, family, lora, tmp_path):
+    backend = make_backend(folders[family], family, prompts, model={"lora": lora})
+    groups = list(backend.rollout(make_requests(prompts=prompts, group_size=2)))
+    move(backend)
+    batch = make_batch(backend, groups)
+    expected = backend.evaluate(batch, LOGP).logp.detach()
+    backend.export(tmp_path, "")
+    if lora is None:
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    else:
+        from peft import PeftModel
+
+        base = AutoModelForImageTextToText.from_pretrained(folders[family])
+        model = PeftModel.from_pretrained(base, tmp_path)
+    row = batch.payload[0]
+    ids = torch.tensor([[*row.prompt.ids, *row.completion]])
+    kinds = (ids == 5).int()
+    with torch.no_grad():
+        logits = model(input_ids=ids, mm_token_type_ids=kinds, **row.prompt.inputs).logits
+    logp = logits[0, len(row.prompt.ids) - 1 : -1].log_softmax(-1)
+    found = logp[range(len(row.completion)), list(row.completion)]
+    torch.testing.assert_close(found, expected[0, : len(found)], rtol=1e-4, atol=1e-4)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor is not None
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_code_on_the_card_runs(folders, prompts, family, lora, tmp_path, monkeypatch, capsys):
+    backend = make_backend(folders[family], family, prompts, model={"lora": lora})
+    backend.export(tmp_path, "")
+    picture("red").save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    source = usage({"backend": {"name": "vlm", **backend.config.model_dump()}})
+    exec(compile(source, "card", "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+# Prompts
+
+
+def test_images_stand_where_the_text_has_marks_or_before_it():
+    kinds = [part["type"] for part in content(Prompt(id="", text="a <image> b <image>"), 2)]
+    assert kinds == ["text", "image", "text", "image"]
+    kinds = [part["type"] for part in content(Prompt(id="", text="a"), 2)]
+    assert kinds == ["image", "image", "text"]
+    with pytest.raises(UserError, match="has 1 times '<image>' and 2 images"):
+        content(Prompt(id="", text="<image> a"), 2)
+
+
+def test_pictures_come_as_datasets_hold_them(tmp_path):
+    path = tmp_path / "red.png"
+    picture("red").save(path)
+    assert isinstance(open_image({"bytes": path.read_bytes(), "path": None}), Image.Image)
+    assert open_image({"bytes": None, "path": str(path)}) == str(path)
+    assert open_image(picture("red")).size == (56, 56)
+
+
+@pytest.mark.parametrize("entry", ["http://host/x.png", "file:///etc/passwd", 3, None])
+def test_nothing_is_fetched_and_nothing_else_is_a_picture(entry):
+    with pytest.raises(ValueError, match="neither a picture nor a path"):
+        open_image(entry)
+
+
+def test_an_image_that_is_not_there(folders, family):
+    prompt = Prompt(id="x", text="go up", columns={"images": "nowhere.png"})
+    with pytest.raises(UserError, match=r"'go up' names 'nowhere.png', which is no file"):
+        make_backend(folders[family], family, [prompt])
+
+
+def test_an_image_that_cannot_be_read(folders, family, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_text("no picture")
+    prompt = Prompt(id="x", text="go up", columns={"images": [str(path)]})
+    with pytest.raises(UserError, match=r"'go up' has an image that cannot be read"):
+        make_backend(folders[family], family, [prompt])
+
+
+def test_prompts_that_are_too_long(folders, prompts, family):
+    with pytest.raises(UserError, match="has 13 tokens; allowed: 12"):
+        make_backend(folders[family], family, prompts, limit=12)
+
+
+def test_limits_of_pixels(folders, prompts, family):
+    small, large = (
+        make_backend(folders[family], family, prompts, images={"min_pixels": 784, "max_pixels": n})
+        for n in (4096, 40000)
+    )
+    sizes = [len(b._prompts["two"].inputs["pixel_values"]) for b in (small, large)]
+    assert sizes[0] < sizes[1]
+    with pytest.raises(ValidationError, match="min_pixels = 9 is more than max_pixels = 4"):
+        make_backend(folders[family], family, prompts, images={"min_pixels": 9, "max_pixels": 4})
+
+
+def test_a_text_model_is_no_vision_model(tmp_path, prompts, family):
+    from tiny_text import save_model
+
+    save_model(tmp_path, "qwen3")
+    with pytest.raises(UserError, match="processor"):
+        make_backend(tmp_path, family, prompts)
