@@ -1,0 +1,78 @@
+"""A vision-language model through the whole loop, on prompts with no image, one and two."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_text_runs import close, config
+from toy.run import ROOT, column, launch, metrics_of, weights_of
+
+from mmrl.config import parse
+from mmrl.runner import train
+
+sys.path.insert(0, str(ROOT / "tests" / "vlm"))
+
+from tiny_vlm import FAMILIES, save_model, save_pictures
+
+VAS = "prompts.sampler={name: vas, beta: 0.5}"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family, tmp_path_factory):
+    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp(family), family)
+
+
+def vlm_config(model: Path, family: str, folder: Path, *overrides: str) -> dict:
+    data = config(model, folder, "backend.name=vlm", f"backend.model.family={family}")
+    prompts = folder / "prompts.jsonl"
+    rows = [{"prompt": p.text, **p.columns} for p in save_pictures(folder)]
+    prompts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    data["backend"]["images"] = {"min_pixels": 784, "max_pixels": 7000}
+    return config(model, folder, *overrides) | {"backend": data["backend"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of pictures and all runs: a prompt's id, and with it its noise, follows from its paths."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, family, folder):
+    return train(parse(vlm_config(model, family, folder, VAS) | named(folder, family, "whole")))
+
+
+def named(folder: Path, family: str, name: str) -> dict:
+    return {"output_dir": str(folder / family / name)}
+
+
+def test_it_trains_and_leaves_a_processor(unbroken):
+    assert all(norm > 0 for norm in column(unbroken, "grad_norm"))
+    found = {path.name for path in (unbroken / "final").iterdir()}
+    assert found & {"preprocessor_config.json", "processor_config.json"}
+
+
+def test_a_resumed_run_is_bit_identical(model, family, folder, unbroken):
+    for steps, resume in ((2, False), (4, True)):
+        data = vlm_config(model, family, folder, VAS, f"training.num_steps={steps}")
+        cut = train(parse(data | named(folder, family, "cut")), resume=resume)
+    assert metrics_of(cut) == metrics_of(unbroken)
+    left, right = weights_of(unbroken), weights_of(cut)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_two_processes_equal_one(model, family, folder, unbroken, tmp_path):
+    data = vlm_config(model, family, folder, VAS) | named(folder, family, "two")
+    done = launch(data, tmp_path / "config.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    close(unbroken, folder / family / "two")
