@@ -54,8 +54,14 @@ class PromptsConfig(StrictModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     source: Source = Field(
-        description="jsonl file, a list of them, or either by task; each line has `prompt` and any "
-        "other columns"
+        description="file (jsonl, json, csv, parquet), data set of the hub (id[:subset][@split]) "
+        "or reasoning_gym:task?size=500, a list of them, or either by task; each row has `prompt` "
+        "and any other columns"
+    )
+    keys: dict[str, str] = Field(
+        default={},
+        description="columns that have another name in the files, or stand inside one: "
+        "{prompt: problem, ground_truth: reward_model.ground_truth}; none may be empty",
     )
     sampler: PartField = Field(description="which prompts a step rolls out")
 
@@ -118,7 +124,10 @@ class EvaluationConfig(StrictModel):
 
     source: Source | None = Field(
         default=None,
-        description="jsonl file, a list of them, or either by task; none = no evaluation",
+        description="as prompts.source; none = no evaluation",
+    )
+    keys: dict[str, str] | None = Field(
+        default=None, description="as prompts.keys; null: the same as there"
     )
     rewards: list[RewardField] = Field(default=[], description="judges; none = those of training")
     every: int = Field(default=20, ge=1, description="steps between evaluations")

@@ -166,7 +166,8 @@ def gap_line(gaps: Sequence[float]) -> str:
 
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts, checked against what the run asks of them."""
-    training = load_prompts(config.prompts.source, "prompts.source")
+    keys = config.prompts.keys
+    training = load_prompts(config.prompts.source, "prompts.source", keys)
     size = config.training
     count = size.prompts_per_step * (1 + size.refills)
     if count > len(training):
@@ -180,7 +181,8 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
         refuse_prompts(training)
     refuse_unknown_tasks(config.rewards, training, "rewards")
     source, judges = config.evaluation.source, config.evaluation.rewards
-    evaluation = load_prompts(source, "evaluation.source") if source else []
+    own = keys if config.evaluation.keys is None else config.evaluation.keys
+    evaluation = load_prompts(source, "evaluation.source", own) if source else []
     refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
     return training, evaluation[: config.evaluation.max_prompts]
 

@@ -50,7 +50,7 @@ def build(config: Config) -> Callable[..., Tensor]:
 
     ``UserError`` without math-verify.  Raises ``TypeError`` when called with anything but texts.
     """
-    optional("math_verify", "math", "reward 'math_verify'")
+    optional("math_verify", "mmrl[math]", "reward 'math_verify'")
     judge = Judge()
 
     def score(answer: str, target: Any) -> float:

@@ -44,7 +44,7 @@ def build(config: Config) -> Callable[..., Tensor]:
 
     ``UserError`` without reasoning-gym.  Raises ``TypeError`` when called with anything but texts.
     """
-    package = optional("reasoning_gym", "gym", "reward 'reasoning_gym'")
+    package = optional("reasoning_gym", "mmrl[gym]", "reward 'reasoning_gym'")
 
     @cache
     def verifier(task: str) -> Callable[..., float]:

@@ -1,15 +1,27 @@
-"""Prompt files: jsonl with one object a line, ``prompt`` and any other columns."""
+"""Where prompts come from: files, data sets of the hub, puzzles made on the spot.
+
+jsonl has one object a line; json a list of objects; parquet and csv a row for each; each with
+``prompt``, a text or a list of messages, and any other columns.  ``id[:subset][@split]`` is a data
+set of the hub, ``reasoning_gym:task?size=500`` a task of that package.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from mmrl.errors import UserError
+from mmrl.prompts._gym import PREFIX, gym_rows
+from mmrl.prompts._tables import KINDS, file_rows, hub_rows, is_hub_id
+from mmrl.schema import nearest
 from mmrl.types import TASK, Prompt
 
 
@@ -27,20 +39,25 @@ Source = Annotated[
 ]
 """One file, several one after another, or those of each task by its name."""
 
+Keys = Mapping[str, str]
+"""Where a column stands in the files: its name there, or a path with dots into one."""
 
-def load_prompts(source: Source, key: str) -> list[Prompt]:
+
+def load_prompts(source: Source, key: str, keys: Keys | None = None) -> list[Prompt]:
     """The prompts of a source in its order, duplicates removed.
 
     Where it names tasks, each prompt gets the name of its own in the column ``task``.  ``key`` is
-    the configuration key that named the source.  Raises ``UserError`` naming the file and the line
-    where something is missing, empty or malformed.
+    the configuration key that named the source; columns that ``keys`` names must be there and not
+    empty.  Raises ``UserError`` naming the file and the line where something is missing, empty or
+    malformed.
     """
+    keys = keys or {}
     if isinstance(source, dict):
-        tasks = {task: load_prompts(files, f"{key}.{task}") for task, files in source.items()}
+        tasks = {task: load_prompts(file, f"{key}.{task}", keys) for task, file in source.items()}
         prompts = [_of_task(p, task, key) for task, found in tasks.items() for p in found]
     else:
         paths = [source] if isinstance(source, Path) else source
-        prompts = [prompt for path in paths for prompt in _load_file(path, key)]
+        prompts = [prompt for path in paths for prompt in _load(path, key, keys)]
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
@@ -52,36 +69,159 @@ def _of_task(prompt: Prompt, task: str, key: str) -> Prompt:
         )
     # The same text in two tasks is two prompts, with noise and a teacher of their own.
     columns = {**prompt.columns, TASK: task}
-    return Prompt(id=content_id(prompt.text, columns), text=prompt.text, columns=columns)
+    name = content_id(prompt.text, columns, prompt.messages)
+    return replace(prompt, id=name, columns=columns)
 
 
-def _load_file(path: Path, key: str) -> list[Prompt]:
-    if not path.is_file():
-        raise UserError(f"{key}: prompts file not found: {path}")
-    # Not `splitlines`: JSON strings may hold other line separators as they are.
-    lines = path.read_bytes().split(b"\n")
-    prompts = [
-        _parse(line, f"{key}: {path}:{i}") for i, line in enumerate(lines, 1) if line.strip()
-    ]
+def _load(path: Path, key: str, keys: Keys) -> list[Prompt]:
+    """Of one source; every record with the place that an error names."""
+    records = _records(path, key)
+    prompts = [_prompt(_renamed(record, keys, where), where) for where, record in records]
     if not prompts:
         raise UserError(f"{key}: prompts file is empty: {path}")
     return prompts
 
 
-def _parse(line: bytes, where: str) -> Prompt:
+def _records(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = path.as_posix()
+    if name.startswith(PREFIX):
+        return _numbered(gym_rows(name, key), f"{key}: {name}")
+    if path.is_file():
+        tabular = path.suffix in KINDS
+        return _numbered(file_rows(path, key), f"{key}: {path}") if tabular else _json(path, key)
+    if is_hub_id(path):
+        return _numbered(hub_rows(path, key), f"{key}: {name}")
+    raise UserError(f"{key}: prompts file not found: {path}")
+
+
+def _numbered(
+    rows: Iterable[Mapping[str, Any]], where: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for i, row in enumerate(rows, 1):
+        yield f"{where}: row {i}", dict(row)
+
+
+def _json(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of objects, or in a file ``.json`` one list of them."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
+        for i, record in enumerate(_parsed(content, f"{key}: {path}"), 1):
+            yield f"{key}: {path}: row {i}", _object(record, f"{key}: {path}: row {i}")
+        return
+    # Not `splitlines`: JSON strings may hold other line separators as they are.
+    for i, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            where = f"{key}: {path}:{i}"
+            yield where, _object(_parsed(line, where), where)
+
+
+def _parsed(text: bytes, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
+
+
+def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {record!r:.60}")
-    text = record.pop("prompt", None)
+    return record
+
+
+# --- from a record to a prompt ------------------------------------------------------------------
+
+
+def _renamed(record: dict[str, Any], keys: Keys, where: str) -> dict[str, Any]:
+    """The record with the columns that ``keys`` names; what it took whole is there once only."""
+    if not keys:
+        return record
+    named = {column: _at(record, path, where, column) for column, path in keys.items()}
+    return {k: v for k, v in record.items() if k not in keys.values()} | named
+
+
+def _at(record: Mapping[str, Any], path: str, where: str, column: str) -> Any:
+    found: Any = record
+    for name in [path] if path in record else path.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            allowed = sorted(map(str, found)) if isinstance(found, Mapping) else [repr(found)]
+            hint = nearest(name, allowed)
+            raise UserError(f"{where}: no column {path!r} (keys.{column}): no {name!r}; {hint}")
+        found = found[name]
+    if found is None or found == [] or (isinstance(found, str) and not found.strip()):
+        raise UserError(f"{where}: the column {path!r} (keys.{column}) is empty")
+    return found
+
+
+def _prompt(record: dict[str, Any], where: str) -> Prompt:
+    columns = dict(record)
+    said = columns.pop("prompt", None)
+    messages = _conversation(said, where) if isinstance(said, list) else ()
+    text = _last_words(messages) if messages else said
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: needs a non-empty string under 'prompt', got {text!r}")
-    return Prompt(id=content_id(text, record), text=text, columns=record)
+        known = f"; its columns: {', '.join(columns)} (see `keys`)" if said is None else ""
+        what = "a user's message with text" if messages else "a non-empty string"
+        raise UserError(f"{where}: needs {what} under 'prompt', got {said!r:.200}{known}")
+    try:
+        name = content_id(text, columns, messages)
+    except TypeError as error:
+        raise UserError(f"{where}: a column is of a kind that has no content: {error}") from None
+    return Prompt(id=name, text=text, columns=columns, messages=messages)
 
 
-def content_id(text: str, columns: dict[str, Any]) -> str:
-    """A short name derived from everything the prompt says."""
-    content = json.dumps([text, columns], sort_keys=True, ensure_ascii=False)
+def _conversation(messages: list[Any], where: str) -> tuple[dict[str, Any], ...]:
+    """Messages with ``role`` and ``content``, a text or a list of typed parts, and no empty keys.
+
+    Tables give every message the keys of all.
+    """
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, list) else [{}]
+        right = isinstance(content, str | list) and all(isinstance(p, Mapping) for p in parts)
+        if not right or not isinstance(message.get("role"), str):
+            raise UserError(
+                f"{where}: prompt[{i}] should be a message with a `role` and a `content` that is a "
+                f"text or a list of parts, got {message!r:.60}"
+            )
+    return tuple({k: _without_none(v) for k, v in m.items() if v is not None} for m in messages)
+
+
+def _without_none(content: Any) -> Any:
+    if not isinstance(content, list):
+        return content
+    return [{k: v for k, v in part.items() if v is not None} for part in content]
+
+
+def _last_words(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the last message of the user, "" if there is none."""
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    if not said or isinstance(said[-1], str):
+        return said[-1] if said else ""
+    return "\n".join(part["text"] for part in said[-1] if isinstance(part.get("text"), str))
+
+
+def content_id(
+    text: str, columns: Mapping[str, Any], messages: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """A short name derived from everything the prompt says.
+
+    ``TypeError`` for a column of a kind whose content is not known.
+    """
+    content = json.dumps(
+        [text, columns, *([messages] if messages else [])],
+        sort_keys=True,
+        ensure_ascii=False,
+        default=_content,
+    )
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """What JSON cannot say: bytes, images and arrays by their hash; times and decimals as text."""
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    if hasattr(value, "tobytes"):  # of PIL or numpy
+        form = [str(getattr(value, name, "")) for name in ("mode", "size", "dtype", "shape")]
+        return [*form, _content(value.tobytes())]
+    if isinstance(value, bytes):
+        return hashlib.blake2b(value, digest_size=16).hexdigest()
+    raise TypeError(f"{type(value).__name__}")

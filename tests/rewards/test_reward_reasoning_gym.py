@@ -15,7 +15,7 @@ from rewards import reasoning_gym
 @pytest.fixture(scope="module")
 def gym():
     try:
-        return optional("reasoning_gym", "gym", "test")
+        return optional("reasoning_gym", "mmrl[gym]", "test")
     except UserError:
         pytest.skip("reasoning-gym is not installed")
 
