@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from mmrl import stages
-from mmrl.config import RunConfig, load, merged, read_yaml
+from mmrl.config import RunConfig, load, merged, parse, read_yaml
 from mmrl.errors import UserError
 from mmrl.preflight import describe, refuse_unless_consistent
 from mmrl.stages import is_stages_file
@@ -45,6 +45,14 @@ def test_run_configurations_are_valid(path):
     config = load(path)
     refuse_unless_consistent(config)
     assert "{name}" not in str(config.run_dir)
+
+
+def test_whole_runs_in_the_readme_are_valid():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    runs = [data for data in map(yaml.safe_load, blocks) if "backend" in data]
+    assert runs
+    for data in runs:
+        refuse_unless_consistent(parse(data))
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
@@ -31,8 +31,12 @@ def score(
 ) -> Scored:
     """Score ``targets`` [M] under softmax(head(hidden [M, D]) / temperature).
 
-    Logits of ``chunk`` tokens exist at a time; the backward pass computes them again.
+    Logits of ``chunk`` tokens exist at a time.  A plain frozen ``head`` is used twice for each
+    token, forward and backward together; any other computes its logits again for the backward pass.
     """
+    if is_frozen_linear(head) and not with_entropy and torch.is_grad_enabled():
+        logp = _FrozenHead.apply(hidden, head, targets, temperature, chunk)
+        return Scored(logp, None)  # type: ignore[arg-type]
 
     def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logp = torch.log_softmax(head(states).float() / temperature, dim=-1)
@@ -47,3 +51,35 @@ def score(
             found.append(of_chunk(states, ids))
     logp, entropy = zip(*found, strict=True)
     return Scored(torch.cat(logp), torch.cat(entropy) if with_entropy else None)
+
+
+def is_frozen_linear(head: Any) -> bool:
+    """Whether a head is one matrix, with a bias or without, that is not trained."""
+    return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+
+
+class _FrozenHead(torch.autograd.Function):
+    """``logp`` [M], whose slope in the hidden states is known as soon as the logits are.
+
+    d logp / d hidden = (onehot(target) - softmax) W / temperature: [M, D], which is all that is
+    kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float, chunk: int
+    ) -> Tensor:
+        logps, slopes = [], []
+        for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logp = torch.log_softmax(head(states).float() / temperature, dim=-1)
+            logps.append(logp.gather(-1, ids[:, None])[:, 0])
+            towards = logp.exp_().neg_()
+            towards[torch.arange(len(ids), device=ids.device), ids] += 1.0
+            slopes.append(towards.div_(temperature).to(head.weight.dtype) @ head.weight)
+        ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradients[0][:, None].to(slopes.dtype) * slopes, None, None, None, None)

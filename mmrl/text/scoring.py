@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrl.errors import UserError
 from mmrl.text.config import Config
-from mmrl.text.head import Scored, score
+from mmrl.text.head import Head, Scored, score
 from mmrl.text.layout import Encoded, Layout, Row, for_network, joined, lay_out
 from mmrl.types import DTYPES
 
@@ -31,9 +31,8 @@ def score_rows(
     """``logp`` and ``entropy`` [B, K = ``width``], 0 where a sample has no such token."""
     layout = lay_out(rows, share_prompts=how == "shared_prompt").to(device_of(network))
     states = padded_states(network, rows) if how == "padded" else packed_states(network, layout)
-    head = network.get_output_embeddings()
     found = score(
-        lambda hidden: _capped(network, head(hidden)),
+        _head_of(network),
         states if how == "padded" else states[layout.before],
         layout.targets,
         temperature=temperature,
@@ -132,6 +131,7 @@ def _refusal(network: Any, config: Config, reason: str) -> str:
     )
 
 
-def _capped(network: Any, logits: Tensor) -> Tensor:
+def _head_of(network: Any) -> Head:
+    head = network.get_output_embeddings()
     cap = getattr(network.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return head if cap is None else lambda hidden: cap * torch.tanh(head(hidden) / cap)

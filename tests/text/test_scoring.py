@@ -125,6 +125,49 @@ def test_log_probabilities_and_entropy_by_a_float64_loop():
         assert float(found.entropy[m]) == pytest.approx(entropy, abs=1e-5)
 
 
+def frozen_head(vocabulary=7, width=4, dtype=torch.float64, bias=False):
+    head = torch.nn.Linear(width, vocabulary, bias=bias, dtype=dtype).requires_grad_(False)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    return head
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_the_slope_of_a_frozen_head_is_that_of_differences(temperature, bias):
+    head, targets = frozen_head(bias=bias), torch.tensor([0, 6, 3, 3, 1])
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(states):
+        # The scores are float32, so the weights make a difference of 1e-3 visible.
+        found = score(head, states, targets, temperature=temperature, chunk=2, with_entropy=False)
+        return (found.logp.double() * torch.arange(1.0, 6.0)).sum()
+
+    states = hidden.clone().requires_grad_()
+    loss(states).backward()
+    for i in range(5):
+        for d in range(4):
+            step = torch.zeros_like(hidden)
+            step[i, d] = 1e-2
+            expected = (loss(hidden + step) - loss(hidden - step)) / 2e-2
+            assert float(states.grad[i, d]) == pytest.approx(float(expected), abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_scores_as_any_other(dtype):
+    head, targets = frozen_head(50, 16, dtype), torch.arange(0, 50, 3)
+    states = torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weights = torch.randn(len(targets), generator=torch.Generator().manual_seed(3))
+    found = []
+    for form in (head, lambda hidden: head(hidden)):
+        leaf = states.clone().requires_grad_()
+        logp = score(form, leaf, targets, temperature=0.8, chunk=4, with_entropy=False).logp
+        (weights * logp).sum().backward()
+        found.append((logp.detach(), leaf.grad.float()))
+    assert torch.equal(found[0][0], found[1][0])
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    assert (found[0][1] - found[1][1]).norm() < bound * found[1][1].norm()
+
+
 def test_a_window_that_is_too_short_is_refused():
     model = load(
         "qwen2",
