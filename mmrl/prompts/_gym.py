@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
@@ -16,6 +17,14 @@ from mmrl.resolve import optional
 from mmrl.schema import nearest
 
 PREFIX = "reasoning_gym:"
+
+BY_HASH = frozenset(
+    "isomorphic_strings knight_swap polynomial_multiplication ransom_note word_ladder".split()
+)
+"""Tasks whose puzzles depend on Python's hash seed too (version 0.1.25)."""
+
+BY_CHANCE = frozenset({"list_functions"})
+"""Tasks that do not keep to their seed."""
 
 
 def gym_rows(source: str, key: str) -> Iterator[dict[str, Any]]:
@@ -28,6 +37,7 @@ def gym_rows(source: str, key: str) -> Iterator[dict[str, Any]]:
     known = package.factory.DATASETS
     if task not in known:
         raise UserError(f"{key}: unknown task of reasoning_gym {task!r}; {nearest(task, [*known])}")
+    _refuse_unrepeatable(task, f"{key}: {source}")
     options = {"seed": 0, **_options(query, f"{key}: {source}")}
     allowed = [field.name for field in dataclasses.fields(known[task][1])]
     for name in options:
@@ -44,6 +54,17 @@ def gym_rows(source: str, key: str) -> Iterator[dict[str, Any]]:
             "metadata": row["metadata"],
             "source_dataset": task,
         }
+
+
+def _refuse_unrepeatable(task: str, where: str) -> None:
+    """Two processes, or a run and its continuation, would each have prompts of their own."""
+    fixed = os.environ.get("PYTHONHASHSEED", "random") != "random"
+    if task in BY_CHANCE or (task in BY_HASH and not fixed):
+        way_out = "" if task in BY_CHANCE else "set the environment variable PYTHONHASHSEED=0, or "
+        raise UserError(
+            f"{where}: this task makes other puzzles in every process, so no run could be resumed; "
+            f"{way_out}write its puzzles into a jsonl file once"
+        )
 
 
 def _options(query: str, where: str) -> dict[str, Any]:

@@ -267,3 +267,17 @@ def test_a_task_and_its_verifier(gym):
 def test_mistakes_in_a_task(gym, source, message):
     with pytest.raises(UserError, match=rf"^prompts\.source.*{message}"):
         load(f"reasoning_gym:{source}")
+
+
+@pytest.mark.parametrize(
+    ("task", "hint"), [("word_ladder", "PYTHONHASHSEED=0, or"), ("list_functions", "jsonl")]
+)
+def test_tasks_that_no_process_can_repeat(gym, monkeypatch, task, hint):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(UserError, match=f"{task}.*other puzzles in every process.*{hint}"):
+        load(f"reasoning_gym:{task}")
+
+
+def test_a_fixed_hash_seed_makes_them_repeatable(gym, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert len(load("reasoning_gym:ransom_note?size=2")) == 2
