@@ -184,6 +184,8 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     own = keys if config.evaluation.keys is None else config.evaluation.keys
     evaluation = load_prompts(source, "evaluation.source", own) if source else []
     refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
+    refuse_missing_columns(config.rewards, training, "rewards")
+    refuse_missing_columns(judges, evaluation, "evaluation.rewards")
     return training, evaluation[: config.evaluation.max_prompts]
 
 
@@ -195,6 +197,22 @@ def refuse_unknown_tasks(specs: Sequence[RewardSpec], prompts: Sequence[Prompt],
             if task not in known:
                 hint = nearest(task, known) if known else f"they have no column {TASK!r}"
                 raise UserError(f"{key}[{i}].tasks: no prompt has the task {task!r}; {hint}")
+
+
+def refuse_missing_columns(
+    specs: Sequence[RewardSpec], prompts: Sequence[Prompt], key: str
+) -> None:
+    """``UserError`` for a column without which a reward scores none of its prompts."""
+    for i, spec in enumerate(specs):
+        judged = [prompt for prompt in prompts if spec.judges(prompt)]
+        known = sorted({name for prompt in judged for name in prompt.columns})
+        for column in getattr(spec.config, "reads", ()):
+            if judged and column not in known:
+                hint = nearest(column, known) if known else "they have `prompt` only"
+                raise UserError(
+                    f"{key}[{i}]: {spec.label!r} reads the column {column!r}, which no prompt has; "
+                    f"{hint}"
+                )
 
 
 def describe(config: RunConfig) -> list[tuple[str, str]]:

@@ -49,6 +49,11 @@ class AnswerConfig(StrictModel):
         default="answer", pattern=TAG, description="with where: tag, the name of the tag"
     )
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns without which nothing is scored."""
+        return (self.target,)
+
 
 def scores(
     config: AnswerConfig,

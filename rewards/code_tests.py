@@ -59,6 +59,11 @@ class Config(StrictModel):
     file_mb: int = Field(default=1, ge=0, description="size of a file it may write")
     workers: int = Field(default=2, ge=1, description="processes at the same time")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns without which nothing is scored."""
+        return (self.target,)
+
 
 def build(config: Config) -> Callable[..., Tensor]:
     """``(prompts, texts, **columns) -> [N]`` float32 in [0, 1] or NaN.

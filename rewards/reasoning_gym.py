@@ -38,6 +38,11 @@ class Config(StrictModel):
         default="answer", pattern=TAG, description="with where: tag, the name of the tag"
     )
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns without which nothing is scored."""
+        return COLUMNS
+
 
 def build(config: Config) -> Callable[..., Tensor]:
     """``(prompts, texts, **columns) -> [N]`` float32 in [0, 1] or NaN.

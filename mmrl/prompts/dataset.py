@@ -132,11 +132,11 @@ def _object(record: Any, where: str) -> dict[str, Any]:
 
 
 def _renamed(record: dict[str, Any], keys: Keys, where: str) -> dict[str, Any]:
-    """The record with the columns that ``keys`` names; what it took whole is there once only."""
+    """The record with the columns that ``keys`` names beside its own; the prompt moves."""
     if not keys:
         return record
     named = {column: _at(record, path, where, column) for column, path in keys.items()}
-    return {k: v for k, v in record.items() if k not in keys.values()} | named
+    return {k: v for k, v in record.items() if k != keys.get("prompt")} | named
 
 
 def _at(record: Mapping[str, Any], path: str, where: str, column: str) -> Any:

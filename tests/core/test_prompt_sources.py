@@ -90,7 +90,7 @@ def test_easyr1(tmp_path):
     (prompt,) = load(write(tmp_path / "a.parquet", [EASYR1]), prompt="problem", truth="answer")
     assert (prompt.text, prompt.columns) == (
         "<image>How many?",
-        {"truth": "3", "images": ["a.png"]},
+        {"answer": "3", "truth": "3", "images": ["a.png"]},
     )
 
 

@@ -50,6 +50,11 @@ MISTAKES = [
     ("evaluation.source=missing.jsonl", ["evaluation.source", "not found"]),
     ("prompts.keys={truth: answr}", ["prompts.source", ":1: no column 'answr' (keys.truth)"]),
     ("evaluation.keys={truth: answr}", ["evaluation.source", ":1: no column 'answr'"]),
+    ("rewards=[{name: exact_match, target: txet}]", ["rewards[0]: 'exact_match' reads", "'txet'"]),
+    (
+        "evaluation.rewards=[{name: code_tests}]",
+        ["evaluation.rewards[0]: 'code_tests' reads", "'tests'", "no prompt has"],
+    ),
     ("prompts.keys=[answer]", ["prompts.keys", "dictionary"]),
     ("regularisers.0.estimator=velocity", ["'kl_reference' needs velocity_gap_reference"]),
     ("training.num_steps=true", ["training.num_steps", "true or false"]),
