@@ -385,6 +385,7 @@ class Trainer:
             weights=rows.weights.to(device),
             logp_old=logp_old,
             memory=memory,
+            tasks=[sample.group.request.prompt.task for sample in rows.samples],
         )
 
     def _update_window(

@@ -174,7 +174,7 @@ class UpdateBatch:
     ``weights`` [B] float64: 1 for a trained sample, 0 for padding of a short process.
     ``logp_old`` [B, K] or ``None``: ``None`` means strictly on-policy, ratio 1 by construction.
     ``memory``: length B or ``None``: of each row, what the backend's ``anchor`` remembered of the
-    policy that sampled.
+    policy that sampled.  ``tasks``: length B, that of each sample's prompt, or empty.
     """
 
     payload: Any
@@ -183,6 +183,7 @@ class UpdateBatch:
     weights: Tensor
     logp_old: Tensor | None = None
     memory: Sequence[Any] | None = None
+    tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check(self.mask, "mask", 2, torch.bool)
@@ -191,6 +192,7 @@ class UpdateBatch:
         rows = self.mask.shape[0]
         require(self.advantages.shape[0] == rows, "advantages and mask differ in rows")
         require(self.weights.shape[0] == rows, "weights and mask differ in rows")
+        require(len(self.tasks) in (0, rows), "tasks and mask differ in rows")
         if self.logp_old is not None:
             require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
 

@@ -25,7 +25,7 @@ from mmrl.advantages._transport import transport
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
-PAPER = "OpenVLThinkerV2 2026, arXiv:2604.08539"
+PAPER = "Hu et al. 2026, arXiv:2604.08539"
 MIN_GROUP_SIZE = 2
 DECIMALS = 6
 """To these decimals results of the first stage are equal; the last bits of a sum are chance."""

@@ -147,7 +147,7 @@ class TextBackend:
             request=request,
             outputs=[decode(sample.ids, skip_special_tokens=True) for sample in samples],
             payload=Completions(prompt=self._prompt(request.prompt), samples=samples),
-            mask=torch.arange(int(lengths.max())) < lengths[:, None],
+            mask=self._mask(samples, lengths),
             metrics={
                 "completions/mean_length": (float(lengths.sum()), float(len(samples))),
                 "completions/clipped_ratio": (
@@ -156,6 +156,13 @@ class TextBackend:
                 ),
             },
         )
+
+    def _mask(self, samples: Sequence[Completion], lengths: Tensor) -> Tensor:
+        """[G, K] bool: tokens that are trained."""
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        if self.config.rollout.drop_overlong:
+            mask &= torch.tensor([sample.finished for sample in samples])[:, None]
+        return mask
 
     def _prompt(self, prompt: Prompt) -> Encoded:
         if prompt.id not in self._prompts:

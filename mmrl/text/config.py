@@ -85,6 +85,11 @@ class RolloutConfig(StrictModel):
         default=[],
         description="Texts that end a completion; they stay in it.",
     )
+    drop_overlong: bool = Field(
+        default=False,
+        description="Do not train on completions that reach max_tokens before they end (overlong "
+        "filter); rewards and advantages count them all the same.",
+    )
     batch_size: int = Field(
         default=64,
         ge=1,

@@ -203,3 +203,12 @@ def test_groups_without_a_signal_are_replaced(model, tmp_path):
 def test_more_refills_than_there_are_prompts(model, tmp_path):
     with pytest.raises(UserError, match=r"3 x \(1 \+ 1 training.refills\) is more than the 4"):
         run(model, tmp_path, "training.refills=1")
+
+
+def test_completions_without_an_end_are_not_trained(model, tmp_path):
+    """Every completion here ends at the limit, so nothing is left to learn from."""
+    options = ("backend.rollout.drop_overlong=true", "backend.rollout.max_tokens=1")
+    path = run(model, tmp_path, *options, "training.num_steps=1", "regularisers=[]")
+    assert column(path, "completions/clipped_ratio")[0] > 0.5
+    kept = run(model, tmp_path / "kept", *options[1:], "training.num_steps=1", "regularisers=[]")
+    assert column(path, "grad_norm")[0] < column(kept, "grad_norm")[0]
