@@ -52,8 +52,8 @@ def encode(prompt: Prompt, config: Config, processor: Any, family: Any, limit: i
     ``UserError`` for images that do not fit the marks in the text, and for too many tokens.
     """
     images = images_of(prompt, config.images, processor.image_processor.patch_size)
-    messages = [{"role": "user", "content": content(prompt, len(images))}]
-    if config.prompts.system is not None:
+    messages = conversation(prompt, len(images))
+    if config.prompts.system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.prompts.system})
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     options = {"images": images, "do_resize": False} if images else {}
@@ -66,21 +66,41 @@ def encode(prompt: Prompt, config: Config, processor: Any, family: Any, limit: i
     return Encoded(ids=ids, positions=positions, after=after, inputs=inputs)
 
 
-def content(prompt: Prompt, num_images: int) -> list[dict[str, str]]:
-    """The parts of a message: images where the text has ``MARK``, or else before it."""
-    pieces = re.split(f"({re.escape(MARK)})", prompt.text)
-    marks = pieces.count(MARK)
-    if marks not in (0, num_images):
+def conversation(prompt: Prompt, num_images: int) -> list[dict[str, Any]]:
+    """The messages of a prompt, with a part for each image.
+
+    Images stand where a message has parts or ``MARK`` for them, or else before the first message of
+    the user.  ``UserError`` if there are more or fewer places than images.
+    """
+    messages = [dict(message) for message in prompt.messages]
+    messages = messages or [{"role": "user", "content": prompt.text}]
+    for message in messages:
+        if isinstance(message["content"], str) and message["role"] == "user":
+            message["content"] = parts_of(message["content"])
+    places = sum(part.get("type") == "image" for part in _parts(messages))
+    if not places and num_images:
+        first = next((m for m in messages if m["role"] == "user"), messages[0])
+        first["content"] = [{"type": "image"}] * num_images + list(_parts([first]))
+    elif places != num_images:
         raise UserError(
-            f"prompts: {prompt.text!r:.80} has {marks} times {MARK!r} and {num_images} images"
+            f"prompts: {prompt.text!r:.80} has places for {places} images and {num_images} images"
         )
-    before = [] if marks else [{"type": "image"}] * num_images
-    parts = [
+    return messages
+
+
+def parts_of(text: str) -> list[dict[str, str]]:
+    """Parts of a message: text, and an image wherever it has ``MARK``."""
+    return [
         {"type": "image"} if piece == MARK else {"type": "text", "text": piece}
-        for piece in pieces
+        for piece in re.split(f"({re.escape(MARK)})", text)
         if piece
     ]
-    return [*before, *parts]
+
+
+def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for message in messages:
+        content = message["content"]
+        yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def text_positions(count: int, axes: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mmrl.errors import UserError
 from mmrl.text.layout import lay_out
 from mmrl.types import Prompt
 from mmrl.weights import trainable
-from vlm.encoding import content
+from vlm.encoding import conversation
 from vlm.images import open_image
 
 WAYS = pytest.mark.parametrize("update", ["shared_prompt", "packed", "padded"])
@@ -180,13 +180,37 @@ def test_the_code_on_the_card_runs(folders, prompts, family, lora, tmp_path, mon
 # Prompts
 
 
+def kinds(prompt, images):
+    return [
+        [part["type"] for part in message["content"]]
+        if message["role"] == "user"
+        else message["role"]
+        for message in conversation(prompt, images)
+    ]
+
+
 def test_images_stand_where_the_text_has_marks_or_before_it():
-    kinds = [part["type"] for part in content(Prompt(id="", text="a <image> b <image>"), 2)]
-    assert kinds == ["text", "image", "text", "image"]
-    kinds = [part["type"] for part in content(Prompt(id="", text="a"), 2)]
-    assert kinds == ["image", "image", "text"]
-    with pytest.raises(UserError, match="has 1 times '<image>' and 2 images"):
-        content(Prompt(id="", text="<image> a"), 2)
+    marked = Prompt(id="", text="a <image> b <image>")
+    assert kinds(marked, 2) == [["text", "image", "text", "image"]]
+    assert kinds(Prompt(id="", text="a"), 2) == [["image", "image", "text"]]
+    with pytest.raises(UserError, match="has places for 1 images and 2 images"):
+        conversation(Prompt(id="", text="<image> a"), 2)
+
+
+def test_images_of_a_conversation():
+    system, turn = {"role": "system", "content": "s"}, {"role": "assistant", "content": "t"}
+    user, parts = (
+        {"role": "user", "content": "a"},
+        [{"type": "image"}, {"type": "text", "text": "b"}],
+    )
+    last = {"role": "user", "content": parts}
+    prompt = Prompt(id="", text="b", messages=(system, user, turn, last))
+    assert kinds(prompt, 1) == ["system", ["text"], "assistant", ["image", "text"]]
+    prompt = Prompt(id="", text="a", messages=(system, user))
+    assert kinds(prompt, 2) == ["system", ["image", "image", "text"]]
+    assert user["content"] == "a", "the prompt is left alone"
+    with pytest.raises(UserError, match="has places for 1 images and 0 images"):
+        conversation(Prompt(id="", text="b", messages=(last,)), 0)
 
 
 def test_pictures_come_as_datasets_hold_them(tmp_path):

@@ -1,0 +1,65 @@
+"""Full-size recipes of language models carry the published hyper-parameters.
+
+The tables were copied from papers and released code, not from the recipes.  They are parts of
+resolved configurations: what a table does not say is free.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmrl.config import load
+from mmrl.preflight import refuse_unless_consistent
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+# MMR1, arXiv:2509.21268: main text (scores), examples/mmr1.yaml (the rest).
+VAS = """
+backend:
+  rollout: {max_tokens: 8192, temperature: 0.6, top_p: 1.0}
+  prompts: {max_tokens: 2048}
+prompts:
+  sampler: {name: vas, weighted_share: 0.5, alpha: 0.8, beta: 0.2, refresh_every: 35,
+            refresh_samples: 32}
+optimizer: {learning_rate: 1.0e-6}
+training: {prompts_per_step: 512, group_size: 8, updates_per_epoch: 1, num_epochs: 1}
+"""
+
+# OpenVLThinkerV2, arXiv:2604.08539: config_g2rpo.yaml and run_g2rpo_rl_slurm.sh.
+G2RPO = """
+backend:
+  images: {min_pixels: 3136, max_pixels: 1048576}
+  rollout: {max_tokens: 4096, temperature: 1.0}
+  prompts: {max_tokens: 16384}
+advantage: {name: g2rpo, second_stage: true}
+objective: {name: grpo, clip_low: 0.2, clip_high: 0.3, dual_clip: 3.0}
+optimizer: {learning_rate: 2.0e-6, weight_decay: 1.0e-2}
+training: {prompts_per_step: 512, group_size: 8, updates_per_epoch: 4,
+           aggregation: decision_mean}
+regularisers: []
+"""
+
+
+def missing(wanted, found, where=""):
+    """Places where a table and a configuration differ."""
+    if isinstance(wanted, dict):
+        parts = (missing(v, found.get(k), f"{where}.{k}") for k, v in wanted.items())
+        return [line for part in parts for line in part]
+    return [] if wanted == found else [f"{where}: {found} is not {wanted}"]
+
+
+@pytest.mark.parametrize(
+    ("path", "table"), [("vlm/qwen2.5-vl-7b/vas.yaml", VAS), ("vlm/qwen3-vl-8b/g2rpo.yaml", G2RPO)]
+)
+def test_published_values(path, table):
+    config = load(CONFIGS / path)
+    refuse_unless_consistent(config)
+    assert missing(yaml.safe_load(table), config.dump()) == []
+
+
+def test_the_penalty_of_vas_is_the_low_variance_estimator():
+    (penalty,) = load(CONFIGS / "vlm/qwen2.5-vl-7b/vas.yaml").dump()["regularisers"]
+    assert (penalty["name"], penalty["estimator"], penalty["coef"]) == ("kl_reference", "k3", 0.01)
