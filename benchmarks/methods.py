@@ -351,7 +351,7 @@ def plot(runs: Mapping[tuple[str, int], Run]) -> Figure:
             bands.draw(axes, paths, name, colour, method)
         axes.set(xlabel="CPU-seconds of training", title=f"held-out {name}")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(loc="lower right")
+    figure.axes[0].legend(loc="upper left")
     return figure
 
 
