@@ -64,8 +64,9 @@ def load_processor(path: str) -> Any:
     """``UserError`` if there is none, or it has no chat template."""
     from transformers import AutoProcessor
 
+    folder = known(path)
     try:
-        processor = AutoProcessor.from_pretrained(known(path))
+        processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {path!r} has no processor: {error}") from error
     if getattr(processor, "image_processor", None) is None:

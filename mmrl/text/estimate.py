@@ -26,8 +26,9 @@ def outline(config: Config, loader: str, targets: Targets) -> tuple[Any, int, in
     import transformers
     from transformers import AutoConfig
 
+    folder = known(config.model.path)
     try:
-        found = AutoConfig.from_pretrained(known(config.model.path))
+        found = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             network = getattr(transformers, loader).from_config(found)
     except (OSError, ValueError) as error:

@@ -24,8 +24,9 @@ def load_tokenizer(path: str) -> Any:
     """``UserError`` if there is none."""
     from transformers import AutoTokenizer
 
+    folder = known(path)
     try:
-        return AutoTokenizer.from_pretrained(known(path))
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {path!r} has no tokenizer: {error}") from error
 
@@ -54,9 +55,10 @@ def load_network(
     dtype = DTYPES[model.dtype] if model.lora else torch.float32
     kernel: Any = NAME if config.update != "padded" else "sdpa"
     kernel = {"text_config": kernel, "vision_config": "sdpa", "": "sdpa"} if vision else kernel
+    folder = known(model.path)
     try:
         network: Any = getattr(transformers, loader).from_pretrained(
-            known(model.path), dtype=dtype, attn_implementation=kernel
+            folder, dtype=dtype, attn_implementation=kernel
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {model.path!r} cannot be loaded: {error}") from error
