@@ -206,7 +206,7 @@ def test_more_refills_than_there_are_prompts(model, tmp_path):
 
 
 def test_completions_without_an_end_are_not_trained(model, tmp_path):
-    """Every completion here ends at the limit, so nothing is left to learn from."""
+    """Most completions here end at the limit, so little is left to learn from."""
     options = ("backend.rollout.drop_overlong=true", "backend.rollout.max_tokens=1")
     path = run(model, tmp_path, *options, "training.num_steps=1", "regularisers=[]")
     assert column(path, "completions/clipped_ratio")[0] > 0.5
