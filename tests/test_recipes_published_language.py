@@ -42,6 +42,19 @@ training: {prompts_per_step: 512, group_size: 8, updates_per_epoch: 4,
 regularisers: []
 """
 
+# Qwen3-4B-Base-GRPO, arXiv:2604.13016: the card of the released model.
+GRPO = """
+backend:
+  model: {path: Qwen/Qwen3-4B-Base, lora: null}
+  rollout: {max_tokens: 7168, temperature: 1.0}
+  evaluation: {max_tokens: 31744}
+  prompts: {max_tokens: 1024}
+objective: {name: grpo}
+regularisers: []
+optimizer: {learning_rate: 1.0e-6}
+training: {group_size: 8, aggregation: decision_mean}
+"""
+
 
 def missing(wanted, found, where=""):
     """Places where a table and a configuration differ."""
@@ -52,7 +65,12 @@ def missing(wanted, found, where=""):
 
 
 @pytest.mark.parametrize(
-    ("path", "table"), [("vlm/qwen2.5-vl-7b/vas.yaml", VAS), ("vlm/qwen3-vl-8b/g2rpo.yaml", G2RPO)]
+    ("path", "table"),
+    [
+        ("vlm/qwen2.5-vl-7b/vas.yaml", VAS),
+        ("vlm/qwen3-vl-8b/g2rpo.yaml", G2RPO),
+        ("text/qwen3-4b/grpo-math.yaml", GRPO),
+    ],
 )
 def test_published_values(path, table):
     config = load(CONFIGS / path)
