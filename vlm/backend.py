@@ -1,7 +1,7 @@
-"""Vision-language models on transformers: the text backend with images in its prompts.
+"""Vision-language models on transformers: the text backend with images and videos in its prompts.
 
-A prompt's images are read once for all its completions, when these are sampled and again when they
-are scored.  The vision tower is not trained.
+A prompt's pictures are read once for all its completions, when these are sampled and again when
+they are scored.
 """
 
 from __future__ import annotations
@@ -10,20 +10,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmrl.errors import UserError
 from mmrl.resolve import resolve
 from mmrl.text.backend import TextBackend, autocast, room_for_prompts
 from mmrl.text.loading import known, load_network
 from mmrl.text.scoring import refuse_wrong_scores
-from mmrl.types import DTYPES, Prompt
+from mmrl.types import DTYPES, Prompt, RolloutGroup
+from mmrl.weights import trainable
 from vlm.config import Config
 from vlm.encoding import Prompts
 from vlm.estimate import describe, estimate_memory
 
 PAPER = "Bai et al. 2025, arXiv:2502.13923"
-__all__ = ["PAPER", "Config", "build", "describe", "estimate_memory"]
+__all__ = ["PAPER", "Config", "VisionBackend", "build", "describe", "estimate_memory"]
 LOADER = "AutoModelForImageTextToText"
+
+
+class VisionBackend(TextBackend):
+    """Whose batches are checked to have a place for every feature of their pictures."""
+
+    def __init__(self, *args: Any, family: Any, **options: Any) -> None:
+        """``family``: see ``vlm.models.base``.  The others as those of the text backend."""
+        super().__init__(*args, **options, forbidden=family.forbidden())
+        self._family = family
+
+    def collate(
+        self, rows: Sequence[tuple[RolloutGroup, int]], decisions: slice = slice(None)
+    ) -> tuple[Any, Tensor]:
+        """As the text backend.  ``UserError`` where tokens and features do not match."""
+        payload, mask = super().collate(rows, decisions)
+        for (group, _), row in zip(rows, payload, strict=True):
+            ids = [*row.prompt.ids, *row.completion]
+            self._family.refuse_mismatch(ids, row.prompt.inputs, group.request.prompt.text)
+        return payload, mask
 
 
 def build(
@@ -33,31 +54,50 @@ def build(
     prompts: Sequence[Prompt],
     seed: int,
     needs: frozenset[str],
-) -> TextBackend:
+) -> VisionBackend:
     """Load processor and network.  Arguments and errors as those of the text backend.
 
-    ``UserError`` also for an image that is missing, or cannot be read when its turn comes.
+    ``UserError`` also for an image or a video that is missing, or cannot be read when its turn
+    comes, and for ``model.train_vision`` where that trains nothing.
     """
-    module = resolve("vision_models", config.model.family)
+    kind = resolve("vision_models", config.model.family).load
     processor = load_processor(config.model.path)
-    network = load_network(
-        config, seed, device, loader=LOADER, vision=True, targets=module.LORA_TARGETS
-    )
-    family = module.load(network)
-    family.freeze_vision()
+    targets = kind.lora_targets(train_vision=config.model.train_vision)
+    network = load_network(config, seed, device, loader=LOADER, vision=True, targets=targets)
+    if not config.model.train_vision:
+        kind.freeze_vision(network)
+    family = kind(network)
     limit = room_for_prompts(network, config)
     encoded = Prompts(prompts, config, processor, family, limit)
+    _refuse_nothing_trained(config, kind.tower_of(network), encoded)
+    family.keep_in_step(encoded.kinds)
     with autocast(network, DTYPES[config.model.dtype]):
         refuse_wrong_scores(network, config, next(iter(encoded.values())))
-    return TextBackend(
+    return VisionBackend(
         config,
         network,
         processor.tokenizer,
         encoded,
         keeps_reference="logp_ref" in needs,
         saved=processor,
-        forbidden=family.forbidden(),
+        family=family,
     )
+
+
+def _refuse_nothing_trained(config: Config, tower: Any, encoded: Prompts) -> None:
+    if not config.model.train_vision:
+        return
+    if not trainable(tower):
+        lora = config.model.lora
+        raise UserError(
+            "model.train_vision = true, but model.lora.target_modules = "
+            f"{lora and lora.target_modules} names nothing in the vision tower; allowed: null"
+        )
+    if not encoded.kinds:
+        columns = config.images.column, config.videos.column
+        raise UserError(
+            f"model.train_vision = true, but no prompt has one of the columns {columns}"
+        )
 
 
 def load_processor(path: str) -> Any:

@@ -1,6 +1,8 @@
-"""The ``backend`` section of a vision-language run: that of a text run, and images."""
+"""The ``backend`` section of a vision-language run: that of a text run, images and videos."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -10,16 +12,48 @@ from mmrl.text import config as text
 
 
 class ModelConfig(text.ModelConfig):
-    """Which model is trained, and in what form; its vision tower stays as it is."""
+    """Which model is trained, and in what form."""
 
     family: str = Field(
         default="qwen2_5_vl",
         description="A file in vlm/models.",
     )
+    train_vision: bool = Field(
+        default=False,
+        description="Train the tower that reads images and videos too: adapters in it, or all its "
+        "parameters where lora is null. false: it stays as it is.",
+    )
 
 
-class ImageConfig(StrictModel):
+class _Pixels(StrictModel):
+    """Sizes of pictures."""
+
+    SECTION: ClassVar[str]
+
+    min_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Smaller pictures are enlarged; null: qwen-vl-utils' own, or max_pixels if "
+        "that is less.",
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Larger pictures are reduced; null: qwen-vl-utils' own."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Pixels:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise UserError(
+                f"{self.SECTION}.min_pixels = {self.min_pixels} is more than "
+                f"max_pixels = {self.max_pixels}"
+            )
+        return self
+
+
+class ImageConfig(_Pixels):
     """How images reach the model."""
+
+    SECTION = "images"
 
     column: str = Field(
         default="images",
@@ -27,20 +61,32 @@ class ImageConfig(StrictModel):
         description="Column with a prompt's image or list of images: paths, or what a dataset "
         "holds. A prompt without any is text alone.",
     )
-    min_pixels: int | None = Field(
-        default=None, ge=1, description="Smaller images are enlarged; null: qwen-vl-utils' own."
-    )
-    max_pixels: int | None = Field(
-        default=None, ge=1, description="Larger images are reduced; null: qwen-vl-utils' own."
-    )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ImageConfig:
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise UserError(
-                f"images.min_pixels = {self.min_pixels} is more than max_pixels = {self.max_pixels}"
-            )
-        return self
+
+class VideoConfig(_Pixels):
+    """How videos reach the model; pixels are those of a frame."""
+
+    SECTION = "videos"
+
+    column: str = Field(
+        default="videos",
+        min_length=1,
+        description="Column with a prompt's video or list of videos: each a path, or a list of "
+        "pictures, which are its frames.",
+    )
+    fps: float = Field(
+        default=2.0,
+        gt=0,
+        description="Frames a second that are looked at, at least 4 in all; those that a list of "
+        "pictures has.",
+    )
+    max_frames: int | None = Field(
+        default=None,
+        ge=2,
+        multiple_of=2,
+        description="Frames of a video at most, evenly spaced; null: 768 of a file, all of a list. "
+        "Even, for two frames are read together.",
+    )
 
 
 class Config(text.Config):
@@ -48,3 +94,4 @@ class Config(text.Config):
 
     model: ModelConfig
     images: ImageConfig = ImageConfig()
+    videos: VideoConfig = VideoConfig()

@@ -1,4 +1,4 @@
-"""Prompts with images as a network reads them, made when they are asked for."""
+"""Prompts with images and videos as a network reads them, made when they are asked for."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ import torch
 from mmrl.errors import UserError
 from mmrl.text.layout import Encoded
 from mmrl.types import Prompt
+from vlm import images, videos
 from vlm.config import Config
-from vlm.images import images_of, refuse_missing
 
-MARK = "<image>"
+MARKS = {"<image>": "image", "<video>": "video"}
 KEPT = 256
 """Prompts whose pixels stay in memory."""
 
 
 class Prompts(Mapping[str, Encoded]):
-    """By prompt id.  Only the last ``KEPT`` are held: pixels of a whole data set would not fit."""
+    """By prompt id.  Only the last ``KEPT`` are held: pixels of a whole data set would not fit.
+
+    ``kinds``: of pictures that there are, ``image`` and ``video``.
+    """
 
     def __init__(
         self, prompts: Sequence[Prompt], config: Config, processor: Any, family: Any, limit: int
     ) -> None:
-        """``limit``: of tokens.  ``UserError`` for an image that is not there."""
+        """``limit``: of tokens.  ``UserError`` for an image or a video that is not there."""
         self._prompts = {prompt.id: prompt for prompt in prompts}
         for prompt in prompts:
-            refuse_missing(prompt, config.images)
+            images.refuse_missing(prompt, config.images)
+            videos.refuse_missing(prompt, config.videos)
+        has_images = any(images.images_in(prompt, config.images) for prompt in prompts)
+        has_videos = any(videos.videos_in(prompt, config.videos) for prompt in prompts)
+        self.kinds = ("image",) * has_images + ("video",) * has_videos
 
         def encoded(prompt_id: str) -> Encoded:
             return encode(self._prompts[prompt_id], config, processor, family, limit)
@@ -49,50 +56,66 @@ class Prompts(Mapping[str, Encoded]):
 def encode(prompt: Prompt, config: Config, processor: Any, family: Any, limit: int) -> Encoded:
     """Tokens, positions and pixels of a prompt.
 
-    ``UserError`` for images that do not fit the marks in the text, and for too many tokens.
+    ``UserError`` for images and videos that do not fit the marks in the text, and for too many
+    tokens.
     """
-    images = images_of(prompt, config.images, processor.image_processor.patch_size)
-    messages = conversation(prompt, len(images))
+    patch_size = processor.image_processor.patch_size
+    pictures = images.images_of(prompt, config.images, patch_size)
+    films = videos.videos_of(prompt, config.videos, patch_size)
+    messages = conversation(prompt, len(pictures), len(films))
     if config.prompts.system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.prompts.system})
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    options = {"images": images, "do_resize": False} if images else {}
+    for token, given in ((processor.image_token, pictures), (processor.video_token, films)):
+        if text.count(token) != len(given):
+            raise UserError(
+                f"prompts: {prompt.text!r:.80} has {token} {text.count(token)} times in the chat "
+                f"template, for {len(given)}"
+            )
+    options: dict[str, Any] = {"images": pictures} if pictures else {}
+    if films:
+        options["videos"] = [film.frames for film in films]
+        options["video_metadata"] = [film.metadata for film in films]
+        options["do_sample_frames"] = False
+    options |= {"do_resize": False} if options else {}
     found = processor(text=[text], return_tensors="pt", **options)
     ids = found["input_ids"][0].tolist()
     if len(ids) > limit:
         raise UserError(f"prompts: {prompt.text!r:.80} has {len(ids)} tokens; allowed: {limit}")
-    positions, after = family.positions(found)
     inputs = {name: found[name] for name in family.INPUTS if name in found}
+    family.refuse_mismatch(ids, inputs, prompt.text)
+    positions, after = family.positions(found)
     return Encoded(ids=ids, positions=positions, after=after, inputs=inputs)
 
 
-def conversation(prompt: Prompt, num_images: int) -> list[dict[str, Any]]:
-    """The messages of a prompt, with a part for each image.
+def conversation(prompt: Prompt, num_images: int, num_videos: int = 0) -> list[dict[str, Any]]:
+    """The messages of a prompt, with a part for each image and each video.
 
-    Images stand where a message has parts or ``MARK`` for them, or else before the first message of
-    the user.  ``UserError`` if there are more or fewer places than images.
+    They stand where a message has parts or ``MARKS`` for them, or else before the first message of
+    the user.  ``UserError`` if there are more or fewer places than images, or than videos.
     """
     messages = [dict(message) for message in prompt.messages]
     messages = messages or [{"role": "user", "content": prompt.text}]
     for message in messages:
         if isinstance(message["content"], str) and message["role"] == "user":
             message["content"] = parts_of(message["content"])
-    places = sum(part.get("type") == "image" for part in _parts(messages))
-    if not places and num_images:
-        first = next((m for m in messages if m["role"] == "user"), messages[0])
-        first["content"] = [{"type": "image"}] * num_images + list(_parts([first]))
-    elif places != num_images:
-        raise UserError(
-            f"prompts: {prompt.text!r:.80} has places for {places} images and {num_images} images"
-        )
+    first = next((m for m in messages if m["role"] == "user"), messages[0])
+    for kind, count in (("video", num_videos), ("image", num_images)):
+        places = sum(part.get("type") == kind for part in _parts(messages))
+        if not places and count:
+            first["content"] = [{"type": kind}] * count + list(_parts([first]))
+        elif places != count:
+            raise UserError(
+                f"prompts: {prompt.text!r:.80} has places for {places} {kind}s and {count} {kind}s"
+            )
     return messages
 
 
 def parts_of(text: str) -> list[dict[str, str]]:
-    """Parts of a message: text, and an image wherever it has ``MARK``."""
+    """Parts of a message: text, and an image or a video wherever it has one of ``MARKS``."""
     return [
-        {"type": "image"} if piece == MARK else {"type": "text", "text": piece}
-        for piece in re.split(f"({re.escape(MARK)})", text)
+        {"type": MARKS[piece]} if piece in MARKS else {"type": "text", "text": piece}
+        for piece in re.split(f"({'|'.join(map(re.escape, MARKS))})", text)
         if piece
     ]
 

@@ -11,13 +11,15 @@ LOADER = "AutoModelForImageTextToText"
 
 def describe(config: Config) -> list[str]:
     """Lines for ``mmrl check``."""
-    return estimate.describe(config, LOADER, _targets(config))
+    return estimate.describe(config, _parts(config))
 
 
 def estimate_memory(config: Config) -> dict[str, float]:
-    """See ``mmrl.text.estimate``; images in a prompt are not counted."""
-    return estimate.estimate_memory(config, LOADER, _targets(config))
+    """See ``mmrl.text.estimate``; images and videos in a prompt are not counted."""
+    return estimate.estimate_memory(config, _parts(config))
 
 
-def _targets(config: Config) -> str:
-    return resolve("vision_models", config.model.family).LORA_TARGETS
+def _parts(config: Config) -> estimate.Parts:
+    kind, trained = resolve("vision_models", config.model.family).load, config.model.train_vision
+    freeze = None if trained else kind.freeze_vision
+    return estimate.Parts(LOADER, kind.lora_targets(train_vision=trained), freeze)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_vlm import FAMILIES, save_model, save_pictures
+from tiny_vlm import FAMILIES, save_films, save_model, save_pictures
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +20,11 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory):
     return save_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory):
+    return save_films(tmp_path_factory.mktemp("films"))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -180,12 +180,12 @@ def test_the_code_on_the_card_runs(folders, prompts, family, lora, tmp_path, mon
 # Prompts
 
 
-def kinds(prompt, images):
+def kinds(prompt, images, videos=0):
     return [
         [part["type"] for part in message["content"]]
         if message["role"] == "user"
         else message["role"]
-        for message in conversation(prompt, images)
+        for message in conversation(prompt, images, videos)
     ]
 
 

@@ -20,7 +20,8 @@ VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : "
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %} <|vision_start|><|image_pad|><|vision_end|> "
+    "{% if c['type'] in ('image', 'video') %} "
+    "<|vision_start|><|{{ c['type'] }}_pad|><|vision_end|> "
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} <end> {% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
@@ -75,7 +76,8 @@ def network(family: str):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
         config = transformers.Qwen2_5_VLConfig(
             text_config=text | {"rope_parameters": rope},
-            vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
+            vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56,
+                                    "tokens_per_second": 2},
             tie_word_embeddings=False, **tokens,
         )  # fmt: skip
         kind = transformers.Qwen2_5_VLForConditionalGeneration
@@ -121,6 +123,39 @@ def save_pictures(folder) -> list[Prompt]:
     ]  # fmt: skip
 
 
+def save_video(path, colours=("red", "green", "blue"), each=4, rate=8):
+    """A video of ``each`` frames of some pictures; its format follows from its name."""
+    import av
+
+    codec = "libvpx-vp9" if path.suffix == ".webm" else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 56, "yuv420p"
+        for colour in (colour for colour in colours for _ in range(each)):
+            frame = av.VideoFrame.from_image(picture(colour, 64, 56))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def save_films(folder) -> list[Prompt]:
+    """Prompts with a file, with frames and an image, with two videos, an image alone, and none."""
+    one, two, none = save_pictures(folder)
+    film = save_video(folder / "film.mp4")
+    frames = [str(folder / f"frame{i}.png") for i in range(5)]
+    for path, colour in zip(frames, ("red", "green", "blue", "blue", "cyan"), strict=True):
+        picture(colour, 80, 40).save(path)
+    return [
+        Prompt(id="file", text="go up", columns={"videos": film}),
+        Prompt(id="mixed", text="is <image> not in <video> ?",
+               columns={"videos": frames, "images": two.columns["images"][1]}),
+        Prompt(id="both", text="<video> or <video> .",
+               columns={"videos": [[picture("red"), picture("blue")], film]}),
+        one,
+        none,
+    ]  # fmt: skip
+
+
 def make_config(folder, family, rollout=None, **changes) -> Config:
     model = {
         "path": str(folder),
@@ -130,7 +165,8 @@ def make_config(folder, family, rollout=None, **changes) -> Config:
     }
     model |= changes.pop("model", {})
     data = {"model": model, "rollout": {"max_tokens": 6} | (rollout or {}), **changes}
-    return Config.model_validate({"images": {"min_pixels": 784, "max_pixels": 7000}} | data)
+    pixels = {"min_pixels": 784, "max_pixels": 7000}
+    return Config.model_validate({"images": pixels, "videos": pixels} | data)
 
 
 def make_backend(folder, family, prompts, rollout=None, needs=("logp",), limit=None, **changes):

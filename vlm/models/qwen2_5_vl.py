@@ -12,4 +12,3 @@ class Qwen25VL(Family):
 
 
 load = Qwen25VL
-LORA_TARGETS = Qwen25VL.LORA_TARGETS

@@ -12,4 +12,3 @@ class Qwen3VL(Family):
 
 
 load = Qwen3VL
-LORA_TARGETS = Qwen3VL.LORA_TARGETS
