@@ -7,7 +7,8 @@ tensors of parts and parts of whole tensors.  What is no more than arithmetic on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -160,6 +161,48 @@ def reshard(model: nn.Module) -> None:
     held: Any = next(filter(in_zero3, model.parameters()), None)
     if held is not None:
         held._z3_optimizer.empty_partition_cache()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all weights of a model that FSDP2 splits.
+
+    So forwards exchange nothing, and processes need not make equally many.  For ZeRO 3, which has
+    no such state, see ``any_goes_on``.
+    """
+    split = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    kept = [_reshards(module) for module in split]
+    for module in split:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module, reshards in zip(split, kept, strict=True):
+            module.set_reshard_after_forward(reshards, recurse=False)
+            module.reshard()
+
+
+def _reshards(module: FSDPModule) -> bool:
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    return any(group._reshard_after_forward for group in groups)
+
+
+def any_goes_on(model: nn.Module) -> Callable[[bool], bool]:
+    """Of whether this process makes another forward: whether any does, so that all must.
+
+    Only ZeRO 3 needs to ask the others.
+    """
+    held: Any = next(filter(in_zero3, model.parameters()), None)
+    if held is None:
+        return bool
+
+    def asked(goes_on: bool) -> bool:
+        flag = torch.tensor(int(goes_on), device=held.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, held.ds_process_group)
+        return bool(flag)
+
+    return asked
 
 
 def whole(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:

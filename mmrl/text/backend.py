@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmrl.adapters import ADAPTER, adapters_off
 from mmrl.noise import NoiseKey
 from mmrl.reduction import side_by_side
+from mmrl.sharding import gathered
 from mmrl.text.config import Config, RolloutConfig
 from mmrl.text.estimate import describe, estimate_memory
 from mmrl.text.generation import Completion, Settings, generate
@@ -102,11 +103,13 @@ class TextBackend:
         """Yield one group for each request, in order; groups grow side by side in batches."""
         self._take_copies()
         settings = self.config.sampling(evaluation=evaluation)
-        for batch in _batches(requests, settings.batch_size):
-            completions = iter(self._complete(batch, settings))
-            for request in batch:
-                samples = tuple(next(completions) for _ in range(request.group_size))
-                yield self._group(request, samples)
+        # Completions end after unlike numbers of forwards.
+        with gathered(self.model):
+            for batch in _batches(requests, settings.batch_size):
+                completions = iter(self._complete(batch, settings))
+                for request in batch:
+                    samples = tuple(next(completions) for _ in range(request.group_size))
+                    yield self._group(request, samples)
 
     def _complete(
         self, requests: Sequence[RolloutRequest], settings: RolloutConfig
@@ -259,12 +262,15 @@ class TextBackend:
     def export(self, folder: Path, card: str) -> None:
         """A model folder or a peft adapter, with the tokenizer, for ``from_pretrained``."""
         folder.mkdir(parents=True, exist_ok=True)
-        trained = whole(trainable(self._network))
+        network = self._network
+        reshard(network)
         if self.config.model.lora is None:
-            state = {**self._network.state_dict(), **trained}
-            self._network.save_pretrained(folder, state_dict=state)
+            # Without other names of tied weights; loading ties them again.
+            buffers = {k: v for k, v in network.named_buffers() if k in network.state_dict()}
+            state = whole({**dict(network.named_parameters()), **buffers})
+            network.save_pretrained(folder, state_dict=state)
         else:
-            self._export_adapter(folder, trained)
+            self._export_adapter(folder, whole(trainable(network)))
         self._saved.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

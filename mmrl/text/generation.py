@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.sharding import any_goes_on
 from mmrl.text.layout import Encoded, for_network, joined
 
 
@@ -66,13 +67,16 @@ def generate(
     axes = len(prompts[0].positions)
     cache.batch_select_indices(rows)
     logits, seen, alive = logits[rows], seen[rows], list(range(len(owners)))
+    goes_on = any_goes_on(network)
     for step in range(settings.max_tokens):
         tokens, logp = choose(logits, uniforms[alive, step].to(device), settings)
         for row, token, value in zip(alive, tokens.tolist(), logp.tolist(), strict=True):
-            _append(completions[row], token, value, settings)
+            if not completions[row].finished:
+                _append(completions[row], token, value, settings)
         going = [i for i, row in enumerate(alive) if not completions[row].finished]
-        if not going or step + 1 == settings.max_tokens:
+        if step + 1 == settings.max_tokens or not goes_on(bool(going)):
             break
+        going = going or [0]  # keeps step with processes that share the weights
         if len(going) < len(alive):
             kept = torch.tensor(going, device=device)
             cache.batch_select_indices(kept)
