@@ -7,12 +7,13 @@ Without a layout it is transformers' own ``sdpa``.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrl.text.layout import Layout, Tree
+from mmrl.text.layout import Layout
 
 NAME = "mmrl"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -46,30 +47,24 @@ def attend(
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     _refuse_other_kinds(layout, options)
-    parts = []
+    # One split: the gradient of a slice is as long as the row, and each part would have one.
+    sizes = [length for tree in layout.trees for length in tree.lengths]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    found = []
     for tree in layout.trees:
-        for (start, stop), seen, mask in _segments(tree, query.device):
-            found, _ = sdpa_attention_forward(
-                module,
-                query[:, :, start:stop],
-                torch.cat([key[:, :, a:b] for a, b in seen], dim=2),
-                torch.cat([value[:, :, a:b] for a, b in seen], dim=2),
-                mask,
-                **options,
-            )
-            parts.append(found)
-    return torch.cat(parts, dim=1), None
+        asks, *prompt = next(parts)
+        found.append(sdpa_attention_forward(module, asks, *prompt, None, **options)[0])  # causal
+        for asks, *own in islice(parts, len(tree.lengths) - 1):
+            seen = [torch.cat(pair, dim=2) for pair in zip(prompt, own, strict=True)]
+            mask = _behind(prompt[0].shape[2], asks.shape[2], asks.device)
+            found.append(sdpa_attention_forward(module, asks, *seen, mask, **options)[0])
+    return torch.cat(found, dim=1), None
 
 
-def _segments(tree: Tree, device: torch.device):
-    """Of the prompt and of each completion: its bounds, those of what it sees, and the mask."""
-    prompt, *completions = tree.bounds
-    yield prompt, [prompt], None  # without a mask it is causal
-    length = prompt[1] - prompt[0]
-    for bounds in completions:
-        own = bounds[1] - bounds[0]
-        mask = torch.ones(own, length + own, dtype=torch.bool, device=device).tril(length)
-        yield bounds, [prompt, bounds], mask[None, None]
+def _behind(length: int, own: int, device: torch.device) -> Tensor:
+    """[1, 1, own, length + own]: all of a prompt, and of a completion what is not after a token."""
+    mask = torch.ones(own, length + own, dtype=torch.bool, device=device)
+    return mask.tril(length)[None, None]
 
 
 def _refuse_other_kinds(layout: Layout, options: dict[str, Any]) -> None:

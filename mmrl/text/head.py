@@ -71,11 +71,11 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         logps, slopes = [], []
         for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logp = torch.log_softmax(head(states).float() / temperature, dim=-1)
+            logp = torch.log_softmax(head(states).float().div_(temperature), dim=-1)
             logps.append(logp.gather(-1, ids[:, None])[:, 0])
             towards = logp.exp_().neg_()
             towards[torch.arange(len(ids), device=ids.device), ids] += 1.0
-            slopes.append(towards.div_(temperature).to(head.weight.dtype) @ head.weight)
+            slopes.append((towards.to(head.weight.dtype) @ head.weight).div_(temperature))
         ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))
         return torch.cat(logps)
 
