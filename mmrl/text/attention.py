@@ -47,7 +47,7 @@ def attend(
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     _refuse_other_kinds(layout, options)
-    # One split: the gradient of each slice would be as long as the whole row.
+    # One split: the gradient of a slice is as long as the row, and each part would have one.
     sizes = [length for tree in layout.trees for length in tree.lengths]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     found = []
