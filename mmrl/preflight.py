@@ -39,6 +39,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"{training.aggregation!r}; set it with sample_sum_over_horizon, and only then"
         )
     refuse_split_samples(config)
+    refuse_unreached_lengths(config)
     refuse_ignored_weights(config)
     refuse_misread_advantages(config)
     samples = training.prompts_per_step * training.group_size
@@ -97,6 +98,27 @@ def refuse_split_samples(config: RunConfig) -> None:
             f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
             f"which objective.importance 'sample' needs together; allowed: {decisions} or more"
         )
+
+
+def refuse_unreached_lengths(config: RunConfig) -> None:
+    """``UserError`` for a penalty on long completions where none can be long enough for it."""
+    longest = getattr(config.backend.config, "max_tokens", None)
+    for i, spec in enumerate(config.rewards):
+        free = getattr(spec.config, "free_tokens", None)
+        if free is None:
+            continue
+        if longest is None:
+            raise UserError(
+                f"rewards[{i}]: {spec.label!r} counts tokens, which the samples of backend "
+                f"{config.backend.name!r} do not have"
+            )
+        if free >= longest:
+            raise UserError(
+                f"rewards[{i}]: {spec.label!r} costs nothing up to max_tokens - buffer = {free} "
+                f"tokens, and no completion has more than {longest} "
+                "(backend.rollout.max_tokens): it would always be 0; allowed: a difference "
+                f"below {longest}"
+            )
 
 
 def refuse_missing_terms(config: RunConfig) -> None:

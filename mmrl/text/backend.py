@@ -142,27 +142,21 @@ class TextBackend:
 
     def _group(self, request: RolloutRequest, samples: tuple[Completion, ...]) -> RolloutGroup:
         lengths = torch.tensor([len(sample.ids) for sample in samples])
+        finished = torch.tensor([sample.finished for sample in samples])
+        everything = torch.arange(int(lengths.max())) < lengths[:, None]
+        dropped = ~finished[:, None] & self.config.rollout.drop_overlong
         decode = self._tokenizer.decode
         return RolloutGroup(
             request=request,
             outputs=[decode(sample.ids, skip_special_tokens=True) for sample in samples],
             payload=Completions(prompt=self._prompt(request.prompt), samples=samples),
-            mask=self._mask(samples, lengths),
+            mask=everything & ~dropped,
+            everything=everything,
             metrics={
                 "completions/mean_length": (float(lengths.sum()), float(len(samples))),
-                "completions/clipped_ratio": (
-                    float(sum(not sample.finished for sample in samples)),
-                    float(len(samples)),
-                ),
+                "completions/clipped_ratio": (float((~finished).sum()), float(len(samples))),
             },
         )
-
-    def _mask(self, samples: Sequence[Completion], lengths: Tensor) -> Tensor:
-        """[G, K] bool: tokens that are trained."""
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        if self.config.rollout.drop_overlong:
-            mask &= torch.tensor([sample.finished for sample in samples])[:, None]
-        return mask
 
     def _prompt(self, prompt: Prompt) -> Encoded:
         if prompt.id not in self._prompts:

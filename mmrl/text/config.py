@@ -149,6 +149,11 @@ class Config(StrictModel):
         """Tokens of a completion are evaluated together."""
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of a completion, at most."""
+        return self.rollout.max_tokens
+
+    @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """What accelerate calls the dtype of the model."""
         return "no" if self.model.dtype == "fp32" else self.model.dtype

@@ -316,6 +316,12 @@ def test_parts_that_would_misread_each_other(tmp_path, changes, message):
         refuse_unless_consistent(parse(data))
 
 
+def test_a_reward_on_tokens_where_there_are_none(tmp_path):
+    data = toy_config(tmp_path) | {"rewards": [{"name": "soft_overlong"}]}
+    with pytest.raises(UserError, match="counts tokens, which the samples of backend 'toy"):
+        refuse_unless_consistent(parse(data))
+
+
 def test_weights_of_rewards_count_where_their_sum_is_ranked(tmp_path):
     data = toy_config(tmp_path) | {"advantage": {"name": "g2rpo"}}
     data["rewards"][0]["weight"] = 0.5

@@ -212,3 +212,24 @@ def test_completions_without_an_end_are_not_trained(model, tmp_path):
     assert column(path, "completions/clipped_ratio")[0] > 0.5
     kept = run(model, tmp_path / "kept", *options[1:], "training.num_steps=1", "regularisers=[]")
     assert column(path, "grad_norm")[0] < column(kept, "grad_norm")[0]
+
+
+OVERLONG = "rewards=[{name: soft_overlong, max_tokens: 6, buffer: 4}]"
+
+
+@pytest.mark.parametrize("drop", ["true", "false"])
+def test_long_completions_cost_by_their_tokens(model, tmp_path, drop):
+    """The mean of a linear penalty is that of the mean length, if all are within the buffer."""
+    path = run(
+        model, tmp_path, OVERLONG.replace("buffer: 4", "buffer: 6"), "training.num_steps=1",
+        f"backend.rollout.drop_overlong={drop}",
+    )  # fmt: skip
+    (length,) = column(path, "completions/mean_length")
+    assert column(path, "rewards/soft_overlong/mean") == [pytest.approx(-length / 6)]
+
+
+def test_a_length_that_no_completion_reaches(model, tmp_path):
+    with pytest.raises(UserError, match=r"max_tokens - buffer = 6 tokens.* more than 6"):
+        run(model, tmp_path, "rewards=[{name: soft_overlong, max_tokens: 8, buffer: 2}]")
+    with pytest.raises(UserError, match="difference below 2"):
+        run(model, tmp_path, OVERLONG, "backend.rollout.max_tokens=2")
