@@ -92,12 +92,15 @@ def refuse_split_samples(config: RunConfig) -> None:
     """``UserError`` if one ratio for a sample is asked of forwards that see only a part of it."""
     decisions = config.backend.config.num_decisions  # type: ignore[attr-defined]
     size = config.training.micro_batch_size
-    whole = getattr(config.objective.config, "importance", None) == "sample"
-    if whole and decisions is not None and size < decisions:
-        raise UserError(
-            f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
-            f"which objective.importance 'sample' needs together; allowed: {decisions} or more"
-        )
+    asked = {"objective.importance": getattr(config.objective.config, "importance", None)}
+    if config.correction is not None:
+        asked["correction.level"] = getattr(config.correction.config, "level", None)
+    for key, value in asked.items():
+        if value == "sample" and decisions is not None and size < decisions:
+            raise UserError(
+                f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
+                f"which {key} 'sample' needs together; allowed: {decisions} or more"
+            )
 
 
 def refuse_unreached_lengths(config: RunConfig) -> None:
@@ -124,14 +127,17 @@ def refuse_unreached_lengths(config: RunConfig) -> None:
 def refuse_missing_terms(config: RunConfig) -> None:
     """``UserError`` if a part needs a term that the backend's likelihood does not provide."""
     provided = config.backend.config.provides  # type: ignore[attr-defined]
-    for kind, part in [
+    parts = [
         ("objective", config.objective),
+        *(("correction", part) for part in [config.correction] if part is not None),
         *(("regularisers", part) for part in config.regularisers),
-    ]:
-        missing = part.module.needs(part.config) - provided
+    ]
+    asked = [(f"{kind}: {p.name!r}", p.module.needs(p.config)) for kind, p in parts]
+    for who, needs in asked:
+        missing = needs - provided
         if missing:
             raise UserError(
-                f"{kind}: {part.name!r} needs {', '.join(sorted(missing))}, which backend "
+                f"{who} needs {', '.join(sorted(missing))}, which backend "
                 f"{config.backend.name!r} with this likelihood does not provide; "
                 f"it provides {', '.join(sorted(provided))}"
             )
@@ -311,5 +317,7 @@ def refuse_foreign_folder(run: Path, resume: bool) -> None:
 
 
 def _pipeline(config: RunConfig) -> str:
-    parts = [config.advantage, *config.modulators, config.objective, *config.regularisers]
+    correction = [config.correction] if config.correction is not None else []
+    losses = [config.objective, *correction, *config.regularisers]
+    parts = [config.advantage, *config.modulators, *losses]
     return " -> ".join(part.name for part in parts)

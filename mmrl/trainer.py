@@ -245,6 +245,7 @@ class Trainer:
         needs = config.objective.module.needs(config.objective.config)
         parts = config.regularisers
         weighted = any(getattr(part.config, "ratio_weighted", False) for part in parts)
+        weighted |= config.correction is not None
         return (bool(needs & ANCHORED) or weighted) and (several or self.backend.off_policy)
 
     def _trusts(self, group: RolloutGroup) -> bool:
@@ -383,6 +384,7 @@ class Trainer:
         self, batch: UpdateBatch, rows: MicroBatch, denominator: float, means: Means
     ) -> torch.Tensor:
         training, objective = self.config.training, self.config.objective
+        correction = self.config.correction
         terms = self.backend.evaluate(batch, needs_of(self.config))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
@@ -393,6 +395,8 @@ class Trainer:
             return reduction.weighted_sum(loss, coefficients) / denominator
 
         policy = objective.module.loss(terms, batch, objective.config)
+        if correction is not None:
+            policy = correction.module.correct(policy, terms, batch, correction.config)
         total = reduce(policy.loss)
         means.add(terms.metrics)
         means.add(policy.metrics)
@@ -454,9 +458,9 @@ class Trainer:
 
 
 def needs_of(config: RunConfig) -> frozenset[str]:
-    """Terms that the objective and the regularisers of a run ask of the backend."""
-    parts = [config.objective, *config.regularisers]
-    return frozenset({"logp"}.union(*(part.module.needs(part.config) for part in parts)))
+    """Terms that the parts of a run's loss ask of the backend."""
+    parts = [config.objective, config.correction, *config.regularisers]
+    return frozenset({"logp"}.union(*(p.module.needs(p.config) for p in parts if p is not None)))
 
 
 def _of_rollout(rows: MicroBatch) -> torch.Tensor:

@@ -212,7 +212,11 @@ class PolicyTerms:
     """What a backend computed for a micro-batch; a field is ``None`` unless it was asked for.
 
     All are [B, K], float32 or float64, and differentiable with respect to the policy except
-    ``logp_ref`` and the four numbers of a step named last.  Means are over latent dimensions.
+    ``logp_ref``, ``logp_sampled`` and the four numbers of a step named last.  Means are over latent
+    dimensions.
+
+    ``logp_sampled``: what the sampler itself found when it drew the decision, of the distribution
+    that it really came from; 0 where there is none.
 
     Any flow model: ``velocity_gap_reference`` / ``velocity_gap_ema``: mean (v - v_other)^2.
     ``implicit_positive`` / ``implicit_negative``: x0-prediction errors of the policies implied by
@@ -232,6 +236,7 @@ class PolicyTerms:
 
     logp: Tensor
     logp_ref: Tensor | None = None
+    logp_sampled: Tensor | None = None
     entropy: Tensor | None = None
     velocity_gap_reference: Tensor | None = None
     velocity_gap_ema: Tensor | None = None
@@ -262,6 +267,7 @@ class PolicyTerms:
 
 OPTIONAL_TERMS = (
     "logp_ref",
+    "logp_sampled",
     "entropy",
     "velocity_gap_reference",
     "velocity_gap_ema",

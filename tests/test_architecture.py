@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "mmrl.reduction": RECORDS,
     "mmrl.objectives": MATHS,
     "mmrl.regularisers": MATHS,
+    "mmrl.corrections": MATHS,
     "mmrl.advantages": RECORDS,
     "mmrl.modulators": RECORDS,
     "mmrl.prompts": RECORDS | {"mmrl.noise"},

@@ -170,10 +170,8 @@ class TextBackend:
     ) -> tuple[Any, Tensor]:
         """Token ids of samples, and a mask as wide as the widest of their groups'."""
         assert decisions in (slice(None), slice(0, None)), "tokens are evaluated together"
-        payload = [
-            Row(prompt=group.payload.prompt, completion=group.payload.samples[index].ids)
-            for group, index in rows
-        ]
+        samples = [(group.payload.prompt, group.payload.samples[index]) for group, index in rows]
+        payload = [Row(prompt=p, completion=s.ids, logp_sampled=s.logp) for p, s in samples]
         masks = [group.mask[index] for group, index in rows]
         return payload, side_by_side(masks)
 
@@ -181,7 +179,12 @@ class TextBackend:
         """logp [B, K] float32, and what ``needs`` asks for."""
         reference = self._reference_logp(batch) if "logp_ref" in needs else None
         found = self._score(batch, with_entropy="entropy" in needs)
-        return PolicyTerms(logp=found.logp, entropy=found.entropy, logp_ref=reference)
+        return PolicyTerms(
+            logp=found.logp,
+            entropy=found.entropy,
+            logp_ref=reference,
+            logp_sampled=_sampled(batch) if "logp_sampled" in needs else None,
+        )
 
     @torch.no_grad()
     def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
@@ -337,6 +340,14 @@ def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[Rol
     paired = zip(numbers, requests, strict=True)
     for _, batch in groupby(paired, key=lambda pair: pair[0]):
         yield [request for _, request in batch]
+
+
+def _sampled(batch: UpdateBatch) -> Tensor:
+    """[B, K] float32: with what log-probability each token was sampled."""
+    logp = torch.zeros(batch.mask.shape)
+    for row, values in zip(logp, batch.payload, strict=True):
+        row[: len(values.logp_sampled)] = torch.tensor(values.logp_sampled)
+    return logp.to(batch.mask.device)
 
 
 def _key(request: RolloutRequest, index: int) -> NoiseKey:

@@ -142,7 +142,7 @@ class Config(StrictModel):
     @property
     def provides(self) -> frozenset[str]:
         """Terms of ``mmrl.types.PolicyTerms``."""
-        return frozenset({"logp", "logp_ref", "entropy"})
+        return frozenset({"logp", "logp_ref", "logp_sampled", "entropy"})
 
     @property
     def num_decisions(self) -> None:

@@ -316,6 +316,26 @@ def test_parts_that_would_misread_each_other(tmp_path, changes, message):
         refuse_unless_consistent(parse(data))
 
 
+def test_a_correction_of_what_no_sampler_knows(tmp_path):
+    data = toy_config(tmp_path) | {"correction": "importance_sampling"}
+    with pytest.raises(UserError, match="correction: 'importance_sampling' needs logp_sampled"):
+        refuse_unless_consistent(parse(data))
+    data["backend"] = {"name": "toy.gauss", "terms": ["logp", "logp_ref", "logp_sampled"]}
+    refuse_unless_consistent(parse(data))
+    data["correction"] = {"name": "importance_sampling", "level": "sample"}
+    data["training"]["micro_batch_size"] = 2
+    with pytest.raises(UserError, match=r"splits the 3 decisions .* correction\.level 'sample'"):
+        refuse_unless_consistent(parse(data))
+    with pytest.raises(UserError, match=r"correction\.name: .*did you mean 'importance_sampling'"):
+        parse(data | {"correction": "importance_sampler"})
+    with pytest.raises(
+        UserError, match=r"correction\.capp: unknown key 'capp'; did you mean 'cap'"
+    ):
+        parse(data | {"correction": {"name": "importance_sampling", "capp": 2}})
+    assert parse(data | {"correction": None}).dump()["correction"] is None
+    assert parse(parse(data).dump()).correction == parse(data).correction
+
+
 def test_a_reward_on_tokens_where_there_are_none(tmp_path):
     data = toy_config(tmp_path) | {"rewards": [{"name": "soft_overlong"}]}
     with pytest.raises(UserError, match="counts tokens, which the samples of backend 'toy"):
