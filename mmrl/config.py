@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, PlainSerializer
 
 from mmrl.errors import UserError
+from mmrl.kl_in_reward import KlInReward
 from mmrl.prompts.dataset import Source
 from mmrl.reduction import Aggregation
 from mmrl.resolve import backend_module, resolve
@@ -165,6 +166,9 @@ class RunConfig(StrictModel):
     backend: PartField
     prompts: PromptsConfig
     rewards: list[RewardField] = Field(min_length=1)
+    kl_in_reward: KlInReward | None = Field(
+        default=None, description="divergence from the reference taken off the reward; null: none"
+    )
     advantage: PartField
     modulators: list[PartField] = Field(default=[])
     objective: PartField

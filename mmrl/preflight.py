@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmrl import kl_in_reward
 from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
 from mmrl.prompts.dataset import load_prompts
@@ -56,6 +57,12 @@ def refuse_ignored_weights(config: RunConfig) -> None:
     if not hasattr(module, "reward_weights"):
         return
     weights = module.reward_weights(options, [spec.label for spec in config.rewards])
+    if weights and config.kl_in_reward is not None:
+        raise UserError(
+            f"kl_in_reward: advantage {config.advantage.name!r} normalises each reward by itself, "
+            "so it would not see what is taken off their sum; use an advantage that does, or "
+            "regularisers: kl_reference"
+        )
     for spec in config.rewards:
         own = weights.get(spec.label, spec.weight)
         if spec.weight not in (1.0, own):
@@ -133,6 +140,8 @@ def refuse_missing_terms(config: RunConfig) -> None:
         *(("regularisers", part) for part in config.regularisers),
     ]
     asked = [(f"{kind}: {p.name!r}", p.module.needs(p.config)) for kind, p in parts]
+    if config.kl_in_reward is not None:
+        asked.append(("kl_in_reward", kl_in_reward.NEEDS))
     for who, needs in asked:
         missing = needs - provided
         if missing:
@@ -254,6 +263,8 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     judged = len(evaluation) * config.evaluation.samples_per_prompt
     backend = backend_module(config.backend.name, "backend")
     rewards = ", ".join(f"{spec.weight:g} x {spec.label}" for spec in config.rewards)
+    if config.kl_in_reward is not None:
+        rewards += f", less {config.kl_in_reward.coef:g} x {config.kl_in_reward.estimator}"
     section = config.backend.config
     shape = micro_batch_shape(section.num_decisions, size.micro_batch_size)  # type: ignore[attr-defined]
     batches = -(-per_update // shape.samples) * len(shape.decisions)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmrl import reduction
+from mmrl import kl_in_reward, reduction
 from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig
@@ -89,7 +89,7 @@ class Trainer:
         refreshed = self._refresh()
         requests = self._requests()
         rolled, times = self._collect(requests, means)
-        scores = assemble(rolled.scores)
+        scores = self._penalised(rolled, assemble(rolled.scores), means)
         advantages = self._advantages(scores, rolled.scores)
         rate = float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
@@ -208,6 +208,23 @@ class Trainer:
         self.progress = replace(self.progress, sampler=state)
         return make_requests(chosen, training.group_size, seed, step)
 
+    def _penalised(self, rolled: Trainable, scores: Scores, means: Means) -> Scores:
+        """``scores``, less the divergence from the reference where the run has it in the reward."""
+        section = self.config.kl_in_reward
+        if section is None:
+            return scores
+        total = torch.zeros_like(scores.combined)
+        (window,) = self._windows(rolled, scores, range(len(total)), 1)
+        with torch.no_grad(), self.backend.behaviour():
+            for rows in window.micro_batches:
+                terms = self.backend.evaluate(self._collate(rows), kl_in_reward.NEEDS)
+                kl = kl_in_reward.divergence(terms, rows.drawn, section)
+                means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
+                places = torch.tensor([sample.position for sample in rows.samples])
+                total.index_add_(0, places, kl.sum(1) * rows.weights)
+        everywhere = sum_over_processes(self.accelerator, total.tolist())
+        return kl_in_reward.penalised(scores, total.new_tensor(everywhere), section)
+
     def _advantages(self, scores: Scores, collected: Sequence[GroupScores]) -> Advantages:
         part = self.config.advantage
         result, state = part.module.estimate(scores, part.config, self.progress.advantage)
@@ -265,14 +282,20 @@ class Trainer:
             key = repr((self.config.seed, self.progress.step, epoch)).encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+        kept = [i for i in order.tolist() if bool(advantages.keep[i])]
+        return self._windows(rolled, scores, kept, training.updates_per_epoch)
+
+    def _windows(
+        self, rolled: Trainable, scores: Scores, order: Sequence[int], count: int
+    ) -> list[Window]:
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         return plan_windows(
             rolled.groups,
             rolled.owners,
             scores.group,
-            [i for i in order.tolist() if bool(advantages.keep[i])],
-            num_windows=training.updates_per_epoch,
-            shape=micro_batch_shape(decisions, training.micro_batch_size),
+            order,
+            num_windows=count,
+            shape=micro_batch_shape(decisions, self.config.training.micro_batch_size),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
@@ -461,6 +484,11 @@ def needs_of(config: RunConfig) -> frozenset[str]:
     """Terms that the parts of a run's loss ask of the backend."""
     parts = [config.objective, config.correction, *config.regularisers]
     return frozenset({"logp"}.union(*(p.module.needs(p.config) for p in parts if p is not None)))
+
+
+def needs_of_run(config: RunConfig) -> frozenset[str]:
+    """Terms that a whole run asks of the backend, those of its rewards included."""
+    return needs_of(config) | (kl_in_reward.NEEDS if config.kl_in_reward else frozenset())
 
 
 def _of_rollout(rows: MicroBatch) -> torch.Tensor:

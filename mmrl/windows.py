@@ -43,6 +43,12 @@ class MicroBatch:
         return reduction.side_by_side([s.group.mask[s.index] for s in self.samples])
 
     @property
+    def drawn(self) -> torch.Tensor:
+        """[B, K] with the decisions of the batch that exist, trained or not."""
+        rows = [sample.group.drawn[sample.index] for sample in self.samples]
+        return reduction.side_by_side(rows)[:, self.decisions]
+
+    @property
     def weights(self) -> torch.Tensor:
         """[B] float64."""
         return torch.tensor([s.weight for s in self.samples], dtype=torch.float64)

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "mmrl.resolve": frozenset({"mmrl.errors", "mmrl.types", "mmrl.schema"}),
     "mmrl.divergences": RECORDS,
     "mmrl.reduction": RECORDS,
+    "mmrl.kl_in_reward": MATHS,
     "mmrl.objectives": MATHS,
     "mmrl.regularisers": MATHS,
     "mmrl.corrections": MATHS,

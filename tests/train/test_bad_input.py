@@ -336,6 +336,26 @@ def test_a_correction_of_what_no_sampler_knows(tmp_path):
     assert parse(parse(data).dump()).correction == parse(data).correction
 
 
+def test_divergence_in_the_reward(tmp_path):
+    data = toy_config(tmp_path) | {"kl_in_reward": {"coef": 0.1}, "regularisers": []}
+    refuse_unless_consistent(parse(data))
+    assert parse(parse(data).dump()).kl_in_reward == parse(data).kl_in_reward
+    assert parse(data | {"kl_in_reward": None}).kl_in_reward is None
+    blind = data | {"advantage": {"name": "per_reward"}}
+    with pytest.raises(UserError, match="kl_in_reward: advantage 'per_reward' normalises each"):
+        refuse_unless_consistent(parse(blind))
+    without = data | {"backend": {"name": "toy.gauss", "terms": ["logp"]}}
+    with pytest.raises(UserError, match="kl_in_reward needs logp_ref, which backend"):
+        refuse_unless_consistent(parse(without))
+    for value, message in [
+        ({"coef": 0}, r"kl_in_reward\.coef: .*greater than 0"),
+        ({"estimator": "k4"}, r"kl_in_reward\.estimator: .*'k1', 'k2' or 'k3'"),
+        ({"coeff": 1}, r"kl_in_reward\.coeff: unknown key 'coeff'; did you mean 'coef'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse(data | {"kl_in_reward": value})
+
+
 def test_a_reward_on_tokens_where_there_are_none(tmp_path):
     data = toy_config(tmp_path) | {"rewards": [{"name": "soft_overlong"}]}
     with pytest.raises(UserError, match="counts tokens, which the samples of backend 'toy"):

@@ -235,6 +235,19 @@ def test_a_length_that_no_completion_reaches(model, tmp_path):
         run(model, tmp_path, OVERLONG, "backend.rollout.max_tokens=2")
 
 
+def test_divergence_in_the_reward_depends_on_no_split(model, tmp_path):
+    """Its reference is kept though no loss asks for it, and completions without an end have one."""
+    options = (
+        "kl_in_reward={}", "regularisers=[]", "backend.model.lora=null",
+        "backend.rollout.drop_overlong=true", "training.num_steps=2",
+    )  # fmt: skip
+    whole = run(model, tmp_path / "whole", *options)
+    first, second = column(whole, "kl")
+    assert first == pytest.approx(0, abs=1e-6)
+    assert abs(second) > 1e-3
+    close(whole, run(model, tmp_path / "small", *options, "training.micro_batch_size=2"))
+
+
 RATIO, GAP = "sampling/importance_sampling_ratio", "sampling/sampling_logp_difference"
 NUCLEUS = ("backend.rollout.top_p=0.7",)
 CORRECTED = ("correction={name: importance_sampling}", "training.num_steps=2")
