@@ -21,6 +21,7 @@ _PARTS = {
     "advantage": "advantages",
     "modulators": "modulators",
     "regularisers": "regularisers",
+    "correction": "corrections",
     "rewards": "rewards",
 }
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, PlainSerializer
 
 from mmrl.errors import UserError
+from mmrl.kl_in_reward import KlInReward
 from mmrl.prompts.dataset import Source
 from mmrl.reduction import Aggregation
 from mmrl.resolve import backend_module, resolve
@@ -165,9 +166,15 @@ class RunConfig(StrictModel):
     backend: PartField
     prompts: PromptsConfig
     rewards: list[RewardField] = Field(min_length=1)
+    kl_in_reward: KlInReward | None = Field(
+        default=None, description="divergence from the reference taken off the reward; null: none"
+    )
     advantage: PartField
     modulators: list[PartField] = Field(default=[])
     objective: PartField
+    correction: PartField | None = Field(
+        default=None, description="weights on the loss of the objective; null: none"
+    )
     regularisers: list[PartField] = Field(default=[])
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
@@ -277,9 +284,9 @@ def parse(data: Mapping[str, Any]) -> RunConfig:
     data = dict(data)
     if "backend" in data:
         data["backend"] = _parse_backend(data["backend"])
-    for key, kind in (("advantage", "advantages"), ("objective", "objectives")):
-        if key in data:
-            data[key] = parse_part(kind, data[key], key)
+    for key in ("advantage", "objective", "correction"):
+        if data.get(key) is not None:
+            data[key] = parse_part(f"{key}s", data[key], key)
     for kind in ("modulators", "regularisers"):
         if data.get(kind) is not None:
             items = _as_list(data[kind], kind)

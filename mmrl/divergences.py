@@ -46,6 +46,10 @@ def k3(logp: Tensor, logp_other: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+Estimator = Literal["k1", "k2", "k3"]
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
 def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
     """``log_ratio`` within +-``LOG_RATIO_LIMIT``: the form in which it may be exponentiated."""
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 Pair = tuple[float, float]
+EXTREMES = {"/min": min, "/max": max}
+"""What becomes of pairs of a name with such an ending, instead of adding them up."""
 
 
 class Means:
-    """Accumulates (sum, count) pairs by name; ``result`` divides them once."""
+    """Accumulates (sum, count) pairs by name; ``result`` divides them once.
+
+    Of a name that ends in ``/min`` or ``/max`` the pair is (value, 1), and the extreme one stays.
+    """
 
     def __init__(self) -> None:
         self._pairs: dict[str, Pair] = {}
@@ -20,8 +25,12 @@ class Means:
     def add(self, pairs: Mapping[str, Pair]) -> None:
         """Add pairs of a micro-batch."""
         for name, (total, count) in pairs.items():
-            old_total, old_count = self._pairs.get(name, (0.0, 0.0))
-            self._pairs[name] = (old_total + float(total), old_count + float(count))
+            pair, old = (float(total), float(count)), self._pairs.get(name, (0.0, 0.0))
+            extreme = next((f for end, f in EXTREMES.items() if name.endswith(end)), None)
+            if extreme is None:
+                self._pairs[name] = (old[0] + pair[0], old[1] + pair[1])
+            else:
+                self._pairs[name] = extreme((p for p in (old, pair) if p[1]), default=pair)
 
     @property
     def pairs(self) -> dict[str, Pair]:

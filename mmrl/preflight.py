@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmrl import kl_in_reward
 from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
 from mmrl.prompts.dataset import load_prompts
@@ -39,6 +40,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"{training.aggregation!r}; set it with sample_sum_over_horizon, and only then"
         )
     refuse_split_samples(config)
+    refuse_unreached_lengths(config)
     refuse_ignored_weights(config)
     refuse_misread_advantages(config)
     samples = training.prompts_per_step * training.group_size
@@ -55,6 +57,12 @@ def refuse_ignored_weights(config: RunConfig) -> None:
     if not hasattr(module, "reward_weights"):
         return
     weights = module.reward_weights(options, [spec.label for spec in config.rewards])
+    if weights and config.kl_in_reward is not None:
+        raise UserError(
+            f"kl_in_reward: advantage {config.advantage.name!r} normalises each reward by itself, "
+            "so it would not see what is taken off their sum; use an advantage that does, or "
+            "regularisers: kl_reference"
+        )
     for spec in config.rewards:
         own = weights.get(spec.label, spec.weight)
         if spec.weight not in (1.0, own):
@@ -91,25 +99,54 @@ def refuse_split_samples(config: RunConfig) -> None:
     """``UserError`` if one ratio for a sample is asked of forwards that see only a part of it."""
     decisions = config.backend.config.num_decisions  # type: ignore[attr-defined]
     size = config.training.micro_batch_size
-    whole = getattr(config.objective.config, "importance", None) == "sample"
-    if whole and decisions is not None and size < decisions:
-        raise UserError(
-            f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
-            f"which objective.importance 'sample' needs together; allowed: {decisions} or more"
-        )
+    asked = {"objective.importance": getattr(config.objective.config, "importance", None)}
+    if config.correction is not None:
+        asked["correction.level"] = getattr(config.correction.config, "level", None)
+    for key, value in asked.items():
+        if value == "sample" and decisions is not None and size < decisions:
+            raise UserError(
+                f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
+                f"which {key} 'sample' needs together; allowed: {decisions} or more"
+            )
+
+
+def refuse_unreached_lengths(config: RunConfig) -> None:
+    """``UserError`` for a penalty on long completions where none can be long enough for it."""
+    longest = getattr(config.backend.config, "max_tokens", None)
+    for i, spec in enumerate(config.rewards):
+        free = getattr(spec.config, "free_tokens", None)
+        if free is None:
+            continue
+        if longest is None:
+            raise UserError(
+                f"rewards[{i}]: {spec.label!r} counts tokens, which the samples of backend "
+                f"{config.backend.name!r} do not have"
+            )
+        if free >= longest:
+            raise UserError(
+                f"rewards[{i}]: {spec.label!r} costs nothing up to max_tokens - buffer = {free} "
+                f"tokens, and no completion has more than {longest} "
+                "(backend.rollout.max_tokens): it would always be 0; allowed: a difference "
+                f"below {longest}"
+            )
 
 
 def refuse_missing_terms(config: RunConfig) -> None:
     """``UserError`` if a part needs a term that the backend's likelihood does not provide."""
     provided = config.backend.config.provides  # type: ignore[attr-defined]
-    for kind, part in [
+    parts = [
         ("objective", config.objective),
+        *(("correction", part) for part in [config.correction] if part is not None),
         *(("regularisers", part) for part in config.regularisers),
-    ]:
-        missing = part.module.needs(part.config) - provided
+    ]
+    asked = [(f"{kind}: {p.name!r}", p.module.needs(p.config)) for kind, p in parts]
+    if config.kl_in_reward is not None:
+        asked.append(("kl_in_reward", kl_in_reward.NEEDS))
+    for who, needs in asked:
+        missing = needs - provided
         if missing:
             raise UserError(
-                f"{kind}: {part.name!r} needs {', '.join(sorted(missing))}, which backend "
+                f"{who} needs {', '.join(sorted(missing))}, which backend "
                 f"{config.backend.name!r} with this likelihood does not provide; "
                 f"it provides {', '.join(sorted(provided))}"
             )
@@ -226,6 +263,8 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     judged = len(evaluation) * config.evaluation.samples_per_prompt
     backend = backend_module(config.backend.name, "backend")
     rewards = ", ".join(f"{spec.weight:g} x {spec.label}" for spec in config.rewards)
+    if config.kl_in_reward is not None:
+        rewards += f", less {config.kl_in_reward.coef:g} x {config.kl_in_reward.estimator}"
     section = config.backend.config
     shape = micro_batch_shape(section.num_decisions, size.micro_batch_size)  # type: ignore[attr-defined]
     batches = -(-per_update // shape.samples) * len(shape.decisions)
@@ -289,5 +328,7 @@ def refuse_foreign_folder(run: Path, resume: bool) -> None:
 
 
 def _pipeline(config: RunConfig) -> str:
-    parts = [config.advantage, *config.modulators, config.objective, *config.regularisers]
+    correction = [config.correction] if config.correction is not None else []
+    losses = [config.objective, *correction, *config.regularisers]
+    parts = [config.advantage, *config.modulators, *losses]
     return " -> ".join(part.name for part in parts)

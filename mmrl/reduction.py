@@ -37,6 +37,10 @@ sum over its decisions divided by a constant, mean over samples (Dr. GRPO, arXiv
 """
 
 
+EXTREMES = ("/min", "/max")
+"""How the name of a metric ends that is not a mean."""
+
+
 def decision_weights(
     mask: Tensor, weights: Tensor, aggregation: Aggregation, horizon: int | None = None
 ) -> Tensor:
@@ -131,17 +135,28 @@ def tallies(
     """(sum, count) of each of ``values`` over the decisions that are trained.
 
     Trained are decisions with a true ``mask`` [B, K] in samples of positive ``weights`` [B].  A
-    value is [B, K], or [B, 1] when it is counted once a sample.  Everything crosses from the device
-    in a single transfer.
+    value is [B, K], or [B, 1] when it is counted once a sample.  One whose name ends in ``/min`` or
+    ``/max`` gives (least or greatest, 1) instead, (0, 0) where nothing is trained.  Everything
+    crosses from the device in a single transfer.
     """
     decisions = mask & (weights > 0)[:, None]
     samples = decisions.any(dim=1, keepdim=True)
     parts: list[Tensor] = []
-    for value in values.values():
+    for name, value in values.items():
         active = decisions if value.shape == decisions.shape else samples
-        parts += [where_active(value.detach().double(), active).sum(), active.sum().double()]
+        parts += _tally(name, value.detach().double(), active)
     numbers = [float(number) for number in torch.stack(parts).cpu()]
     return dict(zip(values, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+
+def _tally(name: str, value: Tensor, active: Tensor) -> list[Tensor]:
+    """What ``tallies`` gives for one value, as scalars on its device."""
+    if not name.endswith(EXTREMES):
+        return [where_active(value, active).sum(), active.sum().double()]
+    sign = 1.0 if name.endswith("/max") else -1.0
+    found = active.any()
+    extreme = sign * (sign * value).masked_fill(~active, -torch.inf).amax()
+    return [where_active(extreme, found), found.double()]
 
 
 def _checked(aggregation: Aggregation) -> Aggregation:

@@ -25,6 +25,7 @@ KINDS: dict[str, str] = {
     "advantages": "mmrl.advantages",
     "modulators": "mmrl.modulators",
     "regularisers": "mmrl.regularisers",
+    "corrections": "mmrl.corrections",
     "samplers": "mmrl.prompts",
     "rewards": "rewards",
     "models": "diffusion.models",

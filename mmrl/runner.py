@@ -42,7 +42,7 @@ from mmrl.resolve import backend_module
 from mmrl.rollouts import make_requests
 from mmrl.run_folder import flatten
 from mmrl.sharding import part_of
-from mmrl.trainer import Trainer, needs_of
+from mmrl.trainer import Trainer, needs_of_run
 from mmrl.types import Prompt
 from mmrl.zero import clip_inside_zero, torch_optimizer, uses_zero
 from rewards.combine import Scorer
@@ -89,7 +89,7 @@ def open_session(
         device=accelerator.device,
         prompts=[*training, *evaluation, *extra],
         seed=config.seed,
-        needs=needs_of(config) if trains else frozenset(),
+        needs=needs_of_run(config) if trains else frozenset(),
     )
     return Session(
         config=config,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmrl import reduction
+from mmrl import kl_in_reward, reduction
 from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig
@@ -27,7 +27,7 @@ from mmrl.distributed import (
 )
 from mmrl.errors import UserError
 from mmrl.metrics import Means
-from mmrl.preflight import MicroBatchShape, clip_range, micro_batch_shape, refuse_gap
+from mmrl.preflight import clip_range, micro_batch_shape, refuse_gap
 from mmrl.rollouts import (
     Batch,
     Trainable,
@@ -51,6 +51,7 @@ from mmrl.types import (
     Scores,
     UpdateBatch,
 )
+from mmrl.windows import MicroBatch, Window, plan_windows
 from rewards.combine import TIMED_OUT, GroupScores, Scorer
 
 ANCHORED = frozenset({"logp", "mean_gap_old"})
@@ -60,49 +61,6 @@ ANCHORED = frozenset({"logp", "mean_gap_old"})
 REFRESH_STREAM = -2
 """Noise of samples that only score prompts, before step 0; those before step n have n less.  The
 evaluation has -1."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A trained sample of this process: where it is, and its place among all samples of the step.
-
-    ``weight`` 0 marks work done only to keep the processes in step.
-    """
-
-    group: RolloutGroup
-    index: int
-    position: int
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward see: some decisions of some samples."""
-
-    samples: list[Sample]
-    decisions: slice
-
-    @property
-    def keys(self) -> list[tuple[int, int]]:
-        """Of each row, its sample's position in the step and its first decision."""
-        return [(sample.position, self.decisions.start) for sample in self.samples]
-
-    @property
-    def whole_mask(self) -> torch.Tensor:
-        """[B, K] with all decisions of the samples, K those of the longest."""
-        return reduction.side_by_side([s.group.mask[s.index] for s in self.samples])
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """[B] float64."""
-        return torch.tensor([s.weight for s in self.samples], dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one optimizer step consumes on this process: equally many micro-batches on each."""
-
-    micro_batches: list[MicroBatch]
 
 
 Anchors = dict[tuple[int, int], Anchor]
@@ -131,7 +89,7 @@ class Trainer:
         refreshed = self._refresh()
         requests = self._requests()
         rolled, times = self._collect(requests, means)
-        scores = assemble(rolled.scores)
+        scores = self._penalised(rolled, assemble(rolled.scores), means)
         advantages = self._advantages(scores, rolled.scores)
         rate = float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
@@ -250,6 +208,23 @@ class Trainer:
         self.progress = replace(self.progress, sampler=state)
         return make_requests(chosen, training.group_size, seed, step)
 
+    def _penalised(self, rolled: Trainable, scores: Scores, means: Means) -> Scores:
+        """``scores``, less the divergence from the reference where the run has it in the reward."""
+        section = self.config.kl_in_reward
+        if section is None:
+            return scores
+        total = torch.zeros_like(scores.combined)
+        (window,) = self._windows(rolled, scores, range(len(total)), 1)
+        with torch.no_grad(), self.backend.behaviour():
+            for rows in window.micro_batches:
+                terms = self.backend.evaluate(self._collate(rows), kl_in_reward.NEEDS)
+                kl = kl_in_reward.divergence(terms, rows.drawn, section)
+                means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
+                places = torch.tensor([sample.position for sample in rows.samples])
+                total.index_add_(0, places, kl.sum(1) * rows.weights)
+        everywhere = sum_over_processes(self.accelerator, total.tolist())
+        return kl_in_reward.penalised(scores, total.new_tensor(everywhere), section)
+
     def _advantages(self, scores: Scores, collected: Sequence[GroupScores]) -> Advantages:
         part = self.config.advantage
         result, state = part.module.estimate(scores, part.config, self.progress.advantage)
@@ -287,6 +262,7 @@ class Trainer:
         needs = config.objective.module.needs(config.objective.config)
         parts = config.regularisers
         weighted = any(getattr(part.config, "ratio_weighted", False) for part in parts)
+        weighted |= config.correction is not None
         return (bool(needs & ANCHORED) or weighted) and (several or self.backend.off_policy)
 
     def _trusts(self, group: RolloutGroup) -> bool:
@@ -306,14 +282,20 @@ class Trainer:
             key = repr((self.config.seed, self.progress.step, epoch)).encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+        kept = [i for i in order.tolist() if bool(advantages.keep[i])]
+        return self._windows(rolled, scores, kept, training.updates_per_epoch)
+
+    def _windows(
+        self, rolled: Trainable, scores: Scores, order: Sequence[int], count: int
+    ) -> list[Window]:
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         return plan_windows(
             rolled.groups,
             rolled.owners,
             scores.group,
-            [i for i in order.tolist() if bool(advantages.keep[i])],
-            num_windows=training.updates_per_epoch,
-            shape=micro_batch_shape(decisions, training.micro_batch_size),
+            order,
+            num_windows=count,
+            shape=micro_batch_shape(decisions, self.config.training.micro_batch_size),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
@@ -425,6 +407,7 @@ class Trainer:
         self, batch: UpdateBatch, rows: MicroBatch, denominator: float, means: Means
     ) -> torch.Tensor:
         training, objective = self.config.training, self.config.objective
+        correction = self.config.correction
         terms = self.backend.evaluate(batch, needs_of(self.config))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
@@ -435,6 +418,8 @@ class Trainer:
             return reduction.weighted_sum(loss, coefficients) / denominator
 
         policy = objective.module.loss(terms, batch, objective.config)
+        if correction is not None:
+            policy = correction.module.correct(policy, terms, batch, correction.config)
         total = reduce(policy.loss)
         means.add(terms.metrics)
         means.add(policy.metrics)
@@ -496,50 +481,14 @@ class Trainer:
 
 
 def needs_of(config: RunConfig) -> frozenset[str]:
-    """Terms that the objective and the regularisers of a run ask of the backend."""
-    parts = [config.objective, *config.regularisers]
-    return frozenset({"logp"}.union(*(part.module.needs(part.config) for part in parts)))
+    """Terms that the parts of a run's loss ask of the backend."""
+    parts = [config.objective, config.correction, *config.regularisers]
+    return frozenset({"logp"}.union(*(p.module.needs(p.config) for p in parts if p is not None)))
 
 
-def plan_windows(
-    groups: Sequence[RolloutGroup],
-    owners: Sequence[int],
-    group_of: torch.Tensor,
-    order: Sequence[int],
-    *,
-    num_windows: int,
-    shape: MicroBatchShape,
-    rank: int,
-    world: int,
-) -> list[Window]:
-    """Deal samples ``order`` (positions among all samples of the step) into optimizer steps.
-
-    ``groups`` are those of this process; a sample belongs to the process that owns its group, by
-    ``owners``.
-    Which samples share an optimizer step depends on ``order`` alone.  Every process gets equally
-    many micro-batches in a window; a short one repeats work with weight 0.
-    """
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(group_of).cumsum(0)])
-    mine = {group.request.index: group for group in groups}
-    filler = Sample(groups[0], 0, int(first[groups[0].request.index]), weight=0.0)
-    windows = []
-    for chunk in torch.tensor_split(torch.tensor(order), num_windows):
-        if not len(chunk):
-            continue  # fewer samples were kept than there are windows
-        by_rank: list[list[int]] = [[] for _ in range(world)]
-        for position in chunk.tolist():
-            by_rank[owners[int(group_of[position])]].append(position)
-        count = max(1, *(-(-len(positions) // shape.samples) for positions in by_rank))
-        samples = []
-        for position in by_rank[rank]:
-            index = int(group_of[position])
-            samples.append(Sample(mine[index], position - int(first[index]), position))
-        rows = [samples[i : i + shape.samples] for i in range(0, len(samples), shape.samples)]
-        rows += [[filler]] * (count - len(rows))
-        windows.append(
-            Window([MicroBatch(r, decisions) for r in rows for decisions in shape.decisions])
-        )
-    return windows
+def needs_of_run(config: RunConfig) -> frozenset[str]:
+    """Terms that a whole run asks of the backend, those of its rewards included."""
+    return needs_of(config) | (kl_in_reward.NEEDS if config.kl_in_reward else frozenset())
 
 
 def _of_rollout(rows: MicroBatch) -> torch.Tensor:

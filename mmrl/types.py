@@ -71,7 +71,8 @@ class RolloutGroup:
     ``outputs``: what a reward reads (PIL images or strings), length G.  ``payload``: what the
     backend needs to evaluate the samples again; opaque to everybody else.  ``logp_old`` [G, K]:
     log-probabilities under the sampling policy where the sampler knows them, else ``None``.
-    ``mask`` [G, K] bool: decisions that exist.  ``metrics``: (sum, count) pairs to log.
+    ``mask`` [G, K] bool: decisions that exist and are trained.  ``everything`` [G, K] bool: those
+    that exist, or ``None`` where all are trained.  ``metrics``: (sum, count) pairs to log.
     """
 
     request: RolloutRequest
@@ -79,7 +80,13 @@ class RolloutGroup:
     payload: Any
     mask: Tensor
     logp_old: Tensor | None = None
+    everything: Tensor | None = None
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> Tensor:
+        """[G, K] bool: decisions that exist, whether they are trained or not."""
+        return self.mask if self.everything is None else self.everything
 
     def __post_init__(self) -> None:
         size = self.request.group_size
@@ -89,6 +96,9 @@ class RolloutGroup:
         if self.logp_old is not None:
             _check(self.logp_old, "logp_old", 2, torch.float32, torch.float64)
             require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
+        if self.everything is not None:
+            _check(self.everything, "everything", 2, torch.bool)
+            require(self.everything.shape == self.mask.shape, "everything and mask differ in shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +212,11 @@ class PolicyTerms:
     """What a backend computed for a micro-batch; a field is ``None`` unless it was asked for.
 
     All are [B, K], float32 or float64, and differentiable with respect to the policy except
-    ``logp_ref`` and the four numbers of a step named last.  Means are over latent dimensions.
+    ``logp_ref``, ``logp_sampled`` and the four numbers of a step named last.  Means are over latent
+    dimensions.
+
+    ``logp_sampled``: what the sampler itself found when it drew the decision, of the distribution
+    that it really came from; 0 where there is none.
 
     Any flow model: ``velocity_gap_reference`` / ``velocity_gap_ema``: mean (v - v_other)^2.
     ``implicit_positive`` / ``implicit_negative``: x0-prediction errors of the policies implied by
@@ -222,6 +236,7 @@ class PolicyTerms:
 
     logp: Tensor
     logp_ref: Tensor | None = None
+    logp_sampled: Tensor | None = None
     entropy: Tensor | None = None
     velocity_gap_reference: Tensor | None = None
     velocity_gap_ema: Tensor | None = None
@@ -252,6 +267,7 @@ class PolicyTerms:
 
 OPTIONAL_TERMS = (
     "logp_ref",
+    "logp_sampled",
     "entropy",
     "velocity_gap_reference",
     "velocity_gap_ema",

@@ -202,7 +202,7 @@ def _easyr1_inputs(
 ) -> list[dict[str, Any]]:
     """Lengths are in tokens where the rollout is known, else in words."""
     group: RolloutGroup | None = columns.get(GROUP)
-    lengths = [len(o.split()) for o in outputs] if group is None else group.mask.sum(1).tolist()
+    lengths = [len(o.split()) for o in outputs] if group is None else group.drawn.sum(1).tolist()
     truths = ground_truths(columns, target, len(outputs))
     return [
         {"response": output, "response_length": length, "ground_truth": truth}

@@ -12,8 +12,6 @@ divergence, which without the ratio it is not (DeepSeek-V3.2, arXiv:2512.02556, 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
@@ -26,7 +24,6 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Xue et al. 2025, arXiv:2509.25050"
 GAP = "velocity_gap_reference"
-SAMPLED = {"k1": divergences.k1, "k2": divergences.k2, "k3": divergences.k3}
 
 
 class Config(StrictModel):
@@ -35,7 +32,7 @@ class Config(StrictModel):
     coef: float = Field(
         default=1e-3, ge=0, description="Weight of the penalty; 0 computes nothing at all."
     )
-    estimator: VelocityEstimator | Literal["k1", "k2", "k3"] = Field(
+    estimator: VelocityEstimator | divergences.Estimator = Field(
         default="velocity",
         description="velocity: mean squared velocity gap. velocity_elbo: the same divided by "
         "2 s^2, s = 0.7 sqrt(sigma / (1 - sigma)). k1, k2, k3: from log-probabilities.",
@@ -49,7 +46,7 @@ class Config(StrictModel):
     @classmethod
     def _only_of_log_probabilities(cls, value: bool, info: ValidationInfo) -> bool:
         estimator = info.data.get("estimator")
-        if value and estimator not in SAMPLED:
+        if value and estimator not in divergences.ESTIMATORS:
             raise ValueError(f"belongs to the estimators k1, k2 and k3, not to {estimator}")
         return value
 
@@ -80,7 +77,7 @@ def _penalty(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> Tensor:
     if config.estimator == "velocity" or config.estimator == "velocity_elbo":
         return velocity_penalty(terms, mask, GAP, config.estimator)
     logp_ref = where_active(terms.need("logp_ref").detach(), mask)
-    estimate = SAMPLED[config.estimator](where_active(terms.logp, mask), logp_ref)
+    estimate = divergences.ESTIMATORS[config.estimator](where_active(terms.logp, mask), logp_ref)
     if not config.ratio_weighted:
         return estimate
     # Strictly on-policy the ratio is 1, and still has a gradient.

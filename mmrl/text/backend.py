@@ -145,27 +145,21 @@ class TextBackend:
 
     def _group(self, request: RolloutRequest, samples: tuple[Completion, ...]) -> RolloutGroup:
         lengths = torch.tensor([len(sample.ids) for sample in samples])
+        finished = torch.tensor([sample.finished for sample in samples])
+        everything = torch.arange(int(lengths.max())) < lengths[:, None]
+        dropped = ~finished[:, None] & self.config.rollout.drop_overlong
         decode = self._tokenizer.decode
         return RolloutGroup(
             request=request,
             outputs=[decode(sample.ids, skip_special_tokens=True) for sample in samples],
             payload=Completions(prompt=self._prompt(request.prompt), samples=samples),
-            mask=self._mask(samples, lengths),
+            mask=everything & ~dropped,
+            everything=everything,
             metrics={
                 "completions/mean_length": (float(lengths.sum()), float(len(samples))),
-                "completions/clipped_ratio": (
-                    float(sum(not sample.finished for sample in samples)),
-                    float(len(samples)),
-                ),
+                "completions/clipped_ratio": (float((~finished).sum()), float(len(samples))),
             },
         )
-
-    def _mask(self, samples: Sequence[Completion], lengths: Tensor) -> Tensor:
-        """[G, K] bool: tokens that are trained."""
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        if self.config.rollout.drop_overlong:
-            mask &= torch.tensor([sample.finished for sample in samples])[:, None]
-        return mask
 
     def _prompt(self, prompt: Prompt) -> Encoded:
         if prompt.id not in self._prompts:
@@ -179,10 +173,8 @@ class TextBackend:
     ) -> tuple[Any, Tensor]:
         """Token ids of samples, and a mask as wide as the widest of their groups'."""
         assert decisions in (slice(None), slice(0, None)), "tokens are evaluated together"
-        payload = [
-            Row(prompt=group.payload.prompt, completion=group.payload.samples[index].ids)
-            for group, index in rows
-        ]
+        samples = [(group.payload.prompt, group.payload.samples[index]) for group, index in rows]
+        payload = [Row(prompt=p, completion=s.ids, logp_sampled=s.logp) for p, s in samples]
         masks = [group.mask[index] for group, index in rows]
         return payload, side_by_side(masks)
 
@@ -190,7 +182,12 @@ class TextBackend:
         """logp [B, K] float32, and what ``needs`` asks for."""
         reference = self._reference_logp(batch) if "logp_ref" in needs else None
         found = self._score(batch, with_entropy="entropy" in needs)
-        return PolicyTerms(logp=found.logp, entropy=found.entropy, logp_ref=reference)
+        return PolicyTerms(
+            logp=found.logp,
+            entropy=found.entropy,
+            logp_ref=reference,
+            logp_sampled=_sampled(batch) if "logp_sampled" in needs else None,
+        )
 
     @torch.no_grad()
     def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
@@ -349,6 +346,14 @@ def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[Rol
     paired = zip(numbers, requests, strict=True)
     for _, batch in groupby(paired, key=lambda pair: pair[0]):
         yield [request for _, request in batch]
+
+
+def _sampled(batch: UpdateBatch) -> Tensor:
+    """[B, K] float32: with what log-probability each token was sampled."""
+    logp = torch.zeros(batch.mask.shape)
+    for row, values in zip(logp, batch.payload, strict=True):
+        row[: len(values.logp_sampled)] = torch.tensor(values.logp_sampled)
+    return logp.to(batch.mask.device)
 
 
 def _key(request: RolloutRequest, index: int) -> NoiseKey:

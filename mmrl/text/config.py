@@ -142,11 +142,16 @@ class Config(StrictModel):
     @property
     def provides(self) -> frozenset[str]:
         """Terms of ``mmrl.types.PolicyTerms``."""
-        return frozenset({"logp", "logp_ref", "entropy"})
+        return frozenset({"logp", "logp_ref", "logp_sampled", "entropy"})
 
     @property
     def num_decisions(self) -> None:
         """Tokens of a completion are evaluated together."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a completion, at most."""
+        return self.rollout.max_tokens
 
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:

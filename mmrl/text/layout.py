@@ -42,10 +42,14 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A sample: its ``prompt`` and the token ids of its ``completion``, neither of them empty."""
+    """A sample: its ``prompt`` and the token ids of its ``completion``, neither of them empty.
+
+    ``logp_sampled``: of each token, where it was sampled.
+    """
 
     prompt: Encoded
     completion: Sequence[int]
+    logp_sampled: Sequence[float] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

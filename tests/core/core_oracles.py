@@ -72,6 +72,7 @@ def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, Up
         step_size=0.1 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
         step_std=0.5 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
         diffusion=0.5 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
+        logp_sampled=logp.detach() + 0.5 * normal(6, 5),
     )
     batch = batch_of(
         torch.arange(5)[None] < lengths[:, None],
@@ -696,7 +697,11 @@ def check_reduction(module: ModuleType) -> None:
     )
     used = [value for b, row in values.items() if weights[b] > 0 for value in row]
     rows = {"each": loss, "sample": module.masked_mean(loss, mask)}
+    rows |= {"each/min": loss, "each/max": loss}
     tallies = module.tallies(rows, mask, weights)
     close(tallies["each"], (sum(used), len(used)))
+    close(tallies["each/min"], (min(used), 1))
+    close(tallies["each/max"], (max(used), 1))
+    assert module.tallies({"x/max": loss}, mask, 0 * weights) == {"x/max": (0, 0)}
     close(tallies["sample"], (sum(statistics.fmean(values[b]) for b in (0, 1, 2, 4)), 4))
     close(module.denominator(mask, weights, "sample_mean_of_sums", count_empty=True), 5.5)

@@ -18,6 +18,7 @@ from mmrl.types import TERMS, Advantages, LossTerms
 FUNCTIONS = {
     "objectives": ("needs", "loss"),
     "regularisers": ("needs", "loss"),
+    "corrections": ("needs", "correct"),
     "advantages": ("estimate",),
     "modulators": ("modulate",),
     "samplers": ("take",),
@@ -39,6 +40,7 @@ def test_shipped_parts_are_found():
     assert {("advantages", "g2rpo"), ("regularisers", "entropy")} <= set(PARTS)
     assert {("modulators", "clip"), ("modulators", "drop_zero")} <= set(PARTS)
     assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
+    assert ("corrections", "importance_sampling") in PARTS
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
 
 
@@ -140,6 +142,29 @@ def test_a_regulariser_ignores_advantages(kind, name):
     assert torch.equal(
         module.loss(terms, batch, config).loss, module.loss(terms, other, config).loss
     )
+
+
+@parts("corrections")
+@pytest.mark.parametrize("objective", [n for n in names("objectives")])
+def test_corrections_of_every_objective(kind, name, objective):
+    """The result is unreduced and finite, of the same dtype; metrics of the objective stay."""
+    module, losses = resolve(kind, name), resolve("objectives", objective)
+    terms, batch = random_case()
+    batch = fit(losses, batch)
+    policy = losses.loss(terms, batch, losses.Config())
+    needs = module.needs(module.Config())
+    assert needs <= set(TERMS)
+    out = module.correct(policy, only_needed(terms, needs), batch, module.Config())
+    assert out.loss.shape in (batch.mask.shape, (6, 1))
+    assert out.loss.dtype == policy.loss.dtype
+    assert out.loss[batch.mask.any(1)].isfinite().all()
+    assert policy.metrics.items() < out.metrics.items()
+    idle = replace(batch, weights=torch.zeros(6).double())
+    pairs = (
+        module.correct(policy, terms, idle, module.Config()).metrics.items()
+        - policy.metrics.items()
+    )
+    assert {pair for _, pair in pairs} == {(0, 0)}
 
 
 @parts("advantages")

@@ -43,6 +43,7 @@ def test_shipped_rewards():
         "preference",
         "python",
         "reasoning_gym",
+        "soft_overlong",
     ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import ModuleType
 
 import pytest
+import torch
 
 from mmrl.errors import UserError
 from mmrl.schema import validate
@@ -228,6 +229,9 @@ def test_easyr1_lengths_are_decisions_of_the_rollout(group):
     reward = build("overall_lengths", "easyr1", batched=True)
     outcome = scored(reward, group(["a b c", "d"], ground_truth="x"), "r")
     assert outcome.values.tolist() == [1, 1]
+    rolled = group(["a b c", "d"], ground_truth="x")
+    dropped = replace(rolled, mask=torch.zeros(2, 1).bool(), everything=rolled.mask)
+    assert scored(reward, dropped, "r").values.tolist() == [1, 1], "trained or not"
 
 
 # --- all ----------------------------------------------------------------------------------------

@@ -316,6 +316,52 @@ def test_parts_that_would_misread_each_other(tmp_path, changes, message):
         refuse_unless_consistent(parse(data))
 
 
+def test_a_correction_of_what_no_sampler_knows(tmp_path):
+    data = toy_config(tmp_path) | {"correction": "importance_sampling"}
+    with pytest.raises(UserError, match="correction: 'importance_sampling' needs logp_sampled"):
+        refuse_unless_consistent(parse(data))
+    data["backend"] = {"name": "toy.gauss", "terms": ["logp", "logp_ref", "logp_sampled"]}
+    refuse_unless_consistent(parse(data))
+    data["correction"] = {"name": "importance_sampling", "level": "sample"}
+    data["training"]["micro_batch_size"] = 2
+    with pytest.raises(UserError, match=r"splits the 3 decisions .* correction\.level 'sample'"):
+        refuse_unless_consistent(parse(data))
+    with pytest.raises(UserError, match=r"correction\.name: .*did you mean 'importance_sampling'"):
+        parse(data | {"correction": "importance_sampler"})
+    with pytest.raises(
+        UserError, match=r"correction\.capp: unknown key 'capp'; did you mean 'cap'"
+    ):
+        parse(data | {"correction": {"name": "importance_sampling", "capp": 2}})
+    assert parse(data | {"correction": None}).dump()["correction"] is None
+    assert parse(parse(data).dump()).correction == parse(data).correction
+
+
+def test_divergence_in_the_reward(tmp_path):
+    data = toy_config(tmp_path) | {"kl_in_reward": {"coef": 0.1}, "regularisers": []}
+    refuse_unless_consistent(parse(data))
+    assert parse(parse(data).dump()).kl_in_reward == parse(data).kl_in_reward
+    assert parse(data | {"kl_in_reward": None}).kl_in_reward is None
+    blind = data | {"advantage": {"name": "per_reward"}}
+    with pytest.raises(UserError, match="kl_in_reward: advantage 'per_reward' normalises each"):
+        refuse_unless_consistent(parse(blind))
+    without = data | {"backend": {"name": "toy.gauss", "terms": ["logp"]}}
+    with pytest.raises(UserError, match="kl_in_reward needs logp_ref, which backend"):
+        refuse_unless_consistent(parse(without))
+    for value, message in [
+        ({"coef": 0}, r"kl_in_reward\.coef: .*greater than 0"),
+        ({"estimator": "k4"}, r"kl_in_reward\.estimator: .*'k1', 'k2' or 'k3'"),
+        ({"coeff": 1}, r"kl_in_reward\.coeff: unknown key 'coeff'; did you mean 'coef'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse(data | {"kl_in_reward": value})
+
+
+def test_a_reward_on_tokens_where_there_are_none(tmp_path):
+    data = toy_config(tmp_path) | {"rewards": [{"name": "soft_overlong"}]}
+    with pytest.raises(UserError, match="counts tokens, which the samples of backend 'toy"):
+        refuse_unless_consistent(parse(data))
+
+
 def test_weights_of_rewards_count_where_their_sum_is_ranked(tmp_path):
     data = toy_config(tmp_path) | {"advantage": {"name": "g2rpo"}}
     data["rewards"][0]["weight"] = 0.5

@@ -212,3 +212,82 @@ def test_completions_without_an_end_are_not_trained(model, tmp_path):
     assert column(path, "completions/clipped_ratio")[0] > 0.5
     kept = run(model, tmp_path / "kept", *options[1:], "training.num_steps=1", "regularisers=[]")
     assert column(path, "grad_norm")[0] < column(kept, "grad_norm")[0]
+
+
+OVERLONG = "rewards=[{name: soft_overlong, max_tokens: 6, buffer: 4}]"
+
+
+@pytest.mark.parametrize("drop", ["true", "false"])
+def test_long_completions_cost_by_their_tokens(model, tmp_path, drop):
+    """The mean of a linear penalty is that of the mean length, if all are within the buffer."""
+    path = run(
+        model, tmp_path, OVERLONG.replace("buffer: 4", "buffer: 6"), "training.num_steps=1",
+        f"backend.rollout.drop_overlong={drop}",
+    )  # fmt: skip
+    (length,) = column(path, "completions/mean_length")
+    assert column(path, "rewards/soft_overlong/mean") == [pytest.approx(-length / 6)]
+
+
+def test_a_length_that_no_completion_reaches(model, tmp_path):
+    with pytest.raises(UserError, match=r"max_tokens - buffer = 6 tokens.* more than 6"):
+        run(model, tmp_path, "rewards=[{name: soft_overlong, max_tokens: 8, buffer: 2}]")
+    with pytest.raises(UserError, match="difference below 2"):
+        run(model, tmp_path, OVERLONG, "backend.rollout.max_tokens=2")
+
+
+def test_divergence_in_the_reward_depends_on_no_split(model, tmp_path):
+    """Its reference is kept though no loss asks for it, and completions without an end have one."""
+    options = (
+        "kl_in_reward={}", "regularisers=[]", "backend.model.lora=null",
+        "backend.rollout.drop_overlong=true", "training.num_steps=2",
+    )  # fmt: skip
+    whole = run(model, tmp_path / "whole", *options)
+    first, second = column(whole, "kl")
+    assert first == pytest.approx(0, abs=1e-6)
+    assert abs(second) > 1e-3
+    close(whole, run(model, tmp_path / "small", *options, "training.micro_batch_size=2"))
+
+
+RATIO, GAP = "sampling/importance_sampling_ratio", "sampling/sampling_logp_difference"
+NUCLEUS = ("backend.rollout.top_p=0.7",)
+CORRECTED = ("correction={name: importance_sampling}", "training.num_steps=2")
+
+
+def test_without_truncation_nothing_is_to_be_corrected(model, tmp_path):
+    """The weights are 1 but for rounding, also where anchors are asked for a second update."""
+    path = run(model, tmp_path, *CORRECTED)
+    for kind in ("mean", "min", "max"):
+        # Scored in float32 with and without a cache.
+        assert column(path, f"{RATIO}/{kind}") == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert all(0 <= gap < 1e-5 for gap in column(path, f"{GAP}/max"))
+
+
+def test_what_top_p_leaves_out_is_corrected(model, tmp_path):
+    """By less than 1: what is left has less of the policy than of the sampler."""
+    path = run(model, tmp_path, *CORRECTED, *NUCLEUS)
+    bounds = [column(path, f"{RATIO}/{kind}") for kind in ("min", "mean", "max")]
+    for low, mean, high in zip(*bounds, strict=True):
+        assert 0.7 - 1e-4 < low < mean < high < 1 + 1e-4
+    assert all(gap > 0.01 for gap in column(path, f"{GAP}/mean"))
+
+
+def test_the_correction_reaches_the_update(model, tmp_path):
+    """No weight is below 0.7, so this mask leaves nothing."""
+    options = (*CORRECTED, *NUCLEUS, "correction.mode=mask", "correction.cap=0.6")
+    path = tmp_path / "run"
+    with pytest.raises(UserError, match="nothing was learned"):
+        run(model, tmp_path, *options, "regularisers=[]", "backend.model.lora=null",
+            "optimizer.weight_decay=0")  # fmt: skip
+    assert column(path, "grad_norm") == [0.0, 0.0]
+    assert column(path, f"{RATIO}/max") == [0.0, 0.0]
+
+
+def test_corrected_updates_depend_on_no_split(model, tmp_path):
+    options = (*CORRECTED, *NUCLEUS, "correction.level=sample", "correction.cap=0.5")
+    whole = run(model, tmp_path / "whole", *options)
+    assert all(low < 0.5 for low in column(whole, f"{RATIO}/min")), "else this test tests nothing"
+    assert max(column(whole, f"{RATIO}/max")) == 0.5, "the cap is met"
+    close(whole, run(model, tmp_path / "small", *options, "training.micro_batch_size=2"))
+    done = launch(config(model, tmp_path / "two", *options), tmp_path / "two.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    close(whole, tmp_path / "two" / "run")

@@ -1,0 +1,102 @@
+"""Which samples share an optimizer step and a forward, dealt the same by every process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmrl import reduction
+from mmrl.preflight import MicroBatchShape
+from mmrl.types import RolloutGroup
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A trained sample of this process: where it is, and its place among all samples of the step.
+
+    ``weight`` 0 marks work done only to keep the processes in step.
+    """
+
+    group: RolloutGroup
+    index: int
+    position: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward see: some decisions of some samples."""
+
+    samples: list[Sample]
+    decisions: slice
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Of each row, its sample's position in the step and its first decision."""
+        return [(sample.position, self.decisions.start) for sample in self.samples]
+
+    @property
+    def whole_mask(self) -> torch.Tensor:
+        """[B, K] with all decisions of the samples, K those of the longest."""
+        return reduction.side_by_side([s.group.mask[s.index] for s in self.samples])
+
+    @property
+    def drawn(self) -> torch.Tensor:
+        """[B, K] with the decisions of the batch that exist, trained or not."""
+        rows = [sample.group.drawn[sample.index] for sample in self.samples]
+        return reduction.side_by_side(rows)[:, self.decisions]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[B] float64."""
+        return torch.tensor([s.weight for s in self.samples], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimizer step consumes on this process: equally many micro-batches on each."""
+
+    micro_batches: list[MicroBatch]
+
+
+def plan_windows(
+    groups: Sequence[RolloutGroup],
+    owners: Sequence[int],
+    group_of: torch.Tensor,
+    order: Sequence[int],
+    *,
+    num_windows: int,
+    shape: MicroBatchShape,
+    rank: int,
+    world: int,
+) -> list[Window]:
+    """Deal samples ``order`` (positions among all samples of the step) into optimizer steps.
+
+    ``groups`` are those of this process; a sample belongs to the process that owns its group, by
+    ``owners``.
+    Which samples share an optimizer step depends on ``order`` alone.  Every process gets equally
+    many micro-batches in a window; a short one repeats work with weight 0.
+    """
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(group_of).cumsum(0)])
+    mine = {group.request.index: group for group in groups}
+    filler = Sample(groups[0], 0, int(first[groups[0].request.index]), weight=0.0)
+    windows = []
+    for chunk in torch.tensor_split(torch.tensor(order), num_windows):
+        if not len(chunk):
+            continue  # fewer samples were kept than there are windows
+        by_rank: list[list[int]] = [[] for _ in range(world)]
+        for position in chunk.tolist():
+            by_rank[owners[int(group_of[position])]].append(position)
+        count = max(1, *(-(-len(positions) // shape.samples) for positions in by_rank))
+        samples = []
+        for position in by_rank[rank]:
+            index = int(group_of[position])
+            samples.append(Sample(mine[index], position - int(first[index]), position))
+        rows = [samples[i : i + shape.samples] for i in range(0, len(samples), shape.samples)]
+        rows += [[filler]] * (count - len(rows))
+        windows.append(
+            Window([MicroBatch(r, decisions) for r in rows for decisions in shape.decisions])
+        )
+    return windows
