@@ -1,6 +1,6 @@
 """Does a recipe work for every seed, and what does it cost?
 
-    python -m benchmarks.recipe_seeds configs/text/tiny-qwen/grpo-arithmetic.yaml [--seeds 0 1 2 3 4]
+    python -m benchmarks.recipe_seeds configs/text/tiny-qwen/grpo-arithmetic.yaml [--seeds 0 1]
 
 Held-out scores before training and after the last step, seed by seed.  What is finished is kept,
 what was interrupted is continued; ``--fresh`` begins anew.
