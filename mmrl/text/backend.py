@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.adapters import ADAPTER, adapters_off
+from mmrl.errors import UserError
 from mmrl.noise import NoiseKey
 from mmrl.reduction import side_by_side
 from mmrl.sharding import gathered
@@ -312,9 +313,17 @@ def build(
 
 
 def room_for_prompts(network: Any, config: Config) -> int:
-    """Tokens that a prompt may have, so that the longest completion finds positions after it."""
+    """Tokens that a prompt may have, so that the longest completion finds positions after it.
+
+    ``UserError`` if that leaves none.
+    """
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     room = (positions or 1 << 30) - config.rollout.max_tokens
+    if room < 1:
+        raise UserError(
+            f"rollout.max_tokens = {config.rollout.max_tokens} leaves no room for prompts: this "
+            f"model has {positions} positions; allowed: less than that"
+        )
     return min(config.prompts.max_tokens or room, room)
 
 

@@ -42,6 +42,11 @@ def test_a_folder_that_is_not_there(tmp_path):
         make_backend(tmp_path / "nowhere")
 
 
+def test_completions_that_leave_no_room_for_prompts(folders):
+    with pytest.raises(UserError, match=r"max_tokens = 128 leaves no room .* 128 positions"):
+        make_backend(folders["qwen3"], {"max_tokens": 128})
+
+
 def test_a_folder_without_a_tokenizer(tmp_path, folders):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folders["llama"] / name, tmp_path / name)
