@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -39,8 +39,17 @@ class EndedError(RuntimeError):
 class Child:
     """A Python process that runs a script, ended at the latest with this object."""
 
-    def __init__(self, arguments: Sequence[str], *, quiet: bool = True, **options: Any) -> None:
-        """``arguments`` of Python.  ``quiet``: without its errors.  ``options`` of ``Popen``."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        quiet: bool = True,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """``arguments`` of Python.  ``quiet``: nobody sees its errors.  ``cwd`` and ``env``: its
+        folder and all of its environment; ``None``: those of this process.
+        """
         self._command = [sys.executable, *arguments]
         self._process = subprocess.Popen(
             self._command,
@@ -48,7 +57,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
             start_new_session=True,
-            **options,
+            cwd=cwd,
+            env=env,
         )
         assert self._process.stdout is not None
         self._lines: SimpleQueue[str | None] = SimpleQueue()
