@@ -8,29 +8,43 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-Pair = tuple[float, float]
+from mmrl.types import Greatest, Least, Metric, Total
 
 
 class Means:
-    """Accumulates (sum, count) pairs by name; ``result`` divides them once."""
+    """Accumulates metrics by name; ``result`` divides (sum, count) pairs once."""
 
     def __init__(self) -> None:
-        self._pairs: dict[str, Pair] = {}
+        self._metrics: dict[str, Metric] = {}
 
-    def add(self, pairs: Mapping[str, Pair]) -> None:
-        """Add pairs of a micro-batch."""
-        for name, (total, count) in pairs.items():
-            old_total, old_count = self._pairs.get(name, (0.0, 0.0))
-            self._pairs[name] = (old_total + float(total), old_count + float(count))
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        """Add what a micro-batch or a group reports."""
+        for name, new in metrics.items():
+            old = self._metrics.get(name)
+            self._metrics[name] = new if old is None else _together(old, new)
 
     @property
-    def pairs(self) -> dict[str, Pair]:
+    def metrics(self) -> dict[str, Metric]:
         """What has been added so far, by name."""
-        return dict(self._pairs)
+        return dict(self._metrics)
 
     def result(self) -> dict[str, float]:
-        """The means of everything that was counted at least once."""
-        return {name: total / count for name, (total, count) in self._pairs.items() if count}
+        """Means of what was counted at least once, totals and extremes."""
+        return {
+            name: value[0] / value[1] if isinstance(value, tuple) else float(value)
+            for name, value in self._metrics.items()
+            if not isinstance(value, tuple) or value[1]
+        }
+
+
+def _together(old: Metric, new: Metric) -> Metric:
+    """``ValueError`` for metrics of two kinds under one name."""
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return (old[0] + float(new[0]), old[1] + float(new[1]))
+    for kind, join in ((Least, min), (Greatest, max), (Total, lambda a, b: a + b)):
+        if isinstance(old, kind) and isinstance(new, kind):
+            return kind(join(old, new))
+    raise ValueError(f"one metric is {old!r} and {new!r}")
 
 
 class MetricsFile:

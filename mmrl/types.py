@@ -24,6 +24,22 @@ TASK = "task"
 """Column in which prompts of several tasks say which is theirs."""
 
 
+class Least(float):
+    """A metric of which the least is logged."""
+
+
+class Greatest(float):
+    """A metric of which the greatest is logged."""
+
+
+class Total(float):
+    """A metric of which the sum is logged."""
+
+
+Metric = tuple[float, float] | Least | Greatest | Total
+"""What parts report to be logged; a pair is (sum, count), of which the mean is logged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One conditioning input.
@@ -71,7 +87,7 @@ class RolloutGroup:
     ``outputs``: what a reward reads (PIL images or strings), length G.  ``payload``: what the
     backend needs to evaluate the samples again; opaque to everybody else.  ``logp_old`` [G, K]:
     log-probabilities under the sampling policy where the sampler knows them, else ``None``.
-    ``mask`` [G, K] bool: decisions that exist.  ``metrics``: (sum, count) pairs to log.
+    ``mask`` [G, K] bool: decisions that exist.  ``metrics``: what is logged of them.
     """
 
     request: RolloutRequest
@@ -79,7 +95,7 @@ class RolloutGroup:
     payload: Any
     mask: Tensor
     logp_old: Tensor | None = None
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         size = self.request.group_size

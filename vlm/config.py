@@ -48,3 +48,8 @@ class Config(text.Config):
 
     model: ModelConfig
     images: ImageConfig = ImageConfig()
+
+    @property
+    def image_column(self) -> str | None:
+        """Where a prompt has its pictures."""
+        return self.images.column

@@ -386,6 +386,7 @@ def check_kl_reference(module: ModuleType) -> None:
             close(out.loss[b, k], formula(new[b][k] - ref[b][k]))
         used = [formula(new[b][k] - ref[b][k]) for b, k in trained(batch)]
         close(out.metrics["kl_reference"], (sum(used), len(used)))
+        assert out.metrics["kl"] == out.metrics["kl_reference"]
         assert module.needs(module.Config(estimator=name)) == {"logp", "logp_ref"}
         weighted = module.loss(terms, batch, module.Config(estimator=name, ratio_weighted=True))
         for b, k in entries(batch.mask):
@@ -523,10 +524,14 @@ def one_reward(scores: Scores, name: str) -> Scores:
 
 
 def check_none(module: ModuleType) -> None:
-    result, state = module.estimate(random_scores(), module.Config(), {"seen": 1})
+    scores = random_scores()
+    result, state = module.estimate(scores, module.Config(), {"seen": 1})
     assert result.values.tolist() == [0.0] * 13
     assert result.keep.all()
-    assert (result.metrics, state) == ({}, {"seen": 1})
+    assert state == {"seen": 1}
+    found = [rewards for rewards in rewards_by_group(scores).values() if rewards]
+    spread = statistics.fmean(deviation(rewards, 0) for rewards in found)
+    close(result.metrics["reward_std"], spread)
 
 
 def check_groups(module: ModuleType) -> None:
