@@ -254,8 +254,10 @@ def _pair_of_completions(files: Mapping[int, Path]) -> str:
     """Of the first and the last step, one completion of each prompt, with its rewards."""
     figures = []
     for step in dict.fromkeys([*files][:1] + [*files][-1:]):
-        rows = {row["prompt"]: row for row in reversed(read_rows(files[step]))}
-        shown = [_completion(row) for row in [*reversed(rows.values())][:MAX_COMPLETIONS]]
+        rows: dict[str, Mapping[str, Any]] = {}
+        for row in read_rows(files[step]):
+            rows.setdefault(row["prompt"], row)
+        shown = [_completion(row) for row in [*rows.values()][:MAX_COMPLETIONS]]
         note = f"The first completions of {len(shown)} of {len(rows)} prompts in {files[step].name}"
         figures.append(
             f"<figure><figcaption>Step {step}</figcaption>"

@@ -193,7 +193,7 @@ def test_entropy_is_logged_whoever_asks(folders):
     assert plain.entropy is None
     total, count = plain.metrics["entropy"]
     assert count == float(batch.mask.sum())
-    assert total == pytest.approx(float(asked.entropy[batch.mask].sum()), rel=1e-5)
+    assert total == pytest.approx(asked.entropy[batch.mask].sum().item(), rel=1e-5)
 
 
 def test_a_window_that_is_too_short_is_refused():

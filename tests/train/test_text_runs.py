@@ -219,8 +219,8 @@ def test_completions_of_a_resumed_run_and_of_two_processes(model, tmp_path):
     two = completions(tmp_path / "two" / "run")
     assert [*two] == [*found]
     for name, rows in two.items():
-        for row, other in zip(rows, found[name], strict=True):
-            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+        frames = pd.DataFrame(rows), pd.DataFrame(found[name])
+        pd.testing.assert_frame_equal(*frames, rtol=1e-3, atol=1e-5)
 
 
 def test_the_replay_of_a_rollout_has_no_gap(model, tmp_path, capsys):
