@@ -45,14 +45,16 @@ _OPTIONS = StateDictOptions(
 class Progress:
     """Where a run stands. ``step``: finished steps; ``updates``: optimizer steps made.
 
-    ``bad_updates``: skipped ones in total; ``bad_in_a_row``: the current streak.  ``sampler`` and
-    ``advantage``: JSON-able states of those parts.
+    ``bad_updates``: skipped ones in total; ``bad_in_a_row``: the current streak.  ``num_tokens``:
+    tokens of all rollouts, prompts included.  ``sampler`` and ``advantage``: JSON-able states of
+    those parts.
     """
 
     step: int = 0
     updates: int = 0
     bad_updates: int = 0
     bad_in_a_row: int = 0
+    num_tokens: int = 0
     sampler: dict[str, Any] = field(default_factory=dict)
     advantage: dict[str, Any] = field(default_factory=dict)
 

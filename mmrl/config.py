@@ -151,6 +151,18 @@ class TrackingConfig(StrictModel):
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         default=["tensorboard"], description="accelerate trackers"
     )
+    completions_every: int = Field(
+        default=10,
+        ge=1,
+        description="steps between files of completions with their rewards, besides those of the "
+        "first and the last step and of evaluations; of language runs",
+    )
+    max_completions: int = Field(
+        default=256,
+        ge=1,
+        description="rows of such a file: whole groups, spread over the step, and of evaluations "
+        "those of grid_prompts",
+    )
 
 
 class RunConfig(StrictModel):

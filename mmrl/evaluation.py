@@ -21,10 +21,13 @@ EVALUATION_STREAM = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """``metrics``: `eval/<label>` means; ``shown``: the groups of the sample grid, on all ranks."""
+    """``metrics``: `eval/<label>` means.  ``shown``: the groups of the sample grid, on all ranks,
+    and their ``scores``.
+    """
 
     metrics: dict[str, float]
     shown: list[RolloutGroup]
+    scores: list[GroupScores]
 
 
 def evaluate_held_out(
@@ -52,6 +55,7 @@ def evaluate_held_out(
     return Evaluation(
         metrics=_means(collected),
         shown=sorted(everything, key=lambda group: group.request.index),
+        scores=[scores for scores in collected if scores.index in wanted],
     )
 
 

@@ -8,38 +8,43 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-Pair = tuple[float, float]
-EXTREMES = {"/min": min, "/max": max}
-"""What becomes of pairs of a name with such an ending, instead of adding them up."""
+from mmrl.types import Greatest, Least, Metric, Total
 
 
 class Means:
-    """Accumulates (sum, count) pairs by name; ``result`` divides them once.
-
-    Of a name that ends in ``/min`` or ``/max`` the pair is (value, 1), and the extreme one stays.
-    """
+    """Accumulates metrics by name; ``result`` divides (sum, count) pairs once."""
 
     def __init__(self) -> None:
-        self._pairs: dict[str, Pair] = {}
+        self._metrics: dict[str, Metric] = {}
 
-    def add(self, pairs: Mapping[str, Pair]) -> None:
-        """Add pairs of a micro-batch."""
-        for name, (total, count) in pairs.items():
-            pair, old = (float(total), float(count)), self._pairs.get(name, (0.0, 0.0))
-            extreme = next((f for end, f in EXTREMES.items() if name.endswith(end)), None)
-            if extreme is None:
-                self._pairs[name] = (old[0] + pair[0], old[1] + pair[1])
-            else:
-                self._pairs[name] = extreme((p for p in (old, pair) if p[1]), default=pair)
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        """Add what a micro-batch or a group reports."""
+        for name, new in metrics.items():
+            old = self._metrics.get(name)
+            self._metrics[name] = new if old is None else _together(old, new)
 
     @property
-    def pairs(self) -> dict[str, Pair]:
+    def metrics(self) -> dict[str, Metric]:
         """What has been added so far, by name."""
-        return dict(self._pairs)
+        return dict(self._metrics)
 
     def result(self) -> dict[str, float]:
-        """The means of everything that was counted at least once."""
-        return {name: total / count for name, (total, count) in self._pairs.items() if count}
+        """Means of what was counted at least once, totals and extremes."""
+        return {
+            name: value[0] / value[1] if isinstance(value, tuple) else float(value)
+            for name, value in self._metrics.items()
+            if not isinstance(value, tuple) or value[1]
+        }
+
+
+def _together(old: Metric, new: Metric) -> Metric:
+    """``ValueError`` for metrics of two kinds under one name."""
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return (old[0] + float(new[0]), old[1] + float(new[1]))
+    for kind, join in ((Least, min), (Greatest, max), (Total, lambda a, b: a + b)):
+        if isinstance(old, kind) and isinstance(new, kind):
+            return kind(join(old, new))
+    raise ValueError(f"one metric is {old!r} and {new!r}")
 
 
 class MetricsFile:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmrl.errors import UserError, require
 from mmrl.schema import nearest
+from mmrl.types import Greatest, Least, Metric
 
 Aggregation = Literal[
     "decision_mean",
@@ -37,7 +38,7 @@ sum over its decisions divided by a constant, mean over samples (Dr. GRPO, arXiv
 """
 
 
-EXTREMES = ("/min", "/max")
+EXTREMES = {"/min": Least, "/max": Greatest}
 """How the name of a metric ends that is not a mean."""
 
 
@@ -129,15 +130,13 @@ def side_by_side(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def tallies(
-    values: Mapping[str, Tensor], mask: Tensor, weights: Tensor
-) -> dict[str, tuple[float, float]]:
+def tallies(values: Mapping[str, Tensor], mask: Tensor, weights: Tensor) -> dict[str, Metric]:
     """(sum, count) of each of ``values`` over the decisions that are trained.
 
     Trained are decisions with a true ``mask`` [B, K] in samples of positive ``weights`` [B].  A
     value is [B, K], or [B, 1] when it is counted once a sample.  One whose name ends in ``/min`` or
-    ``/max`` gives (least or greatest, 1) instead, (0, 0) where nothing is trained.  Everything
-    crosses from the device in a single transfer.
+    ``/max`` gives the least or the greatest instead, and is left out where nothing is trained.
+    Everything crosses from the device in a single transfer.
     """
     decisions = mask & (weights > 0)[:, None]
     samples = decisions.any(dim=1, keepdim=True)
@@ -146,14 +145,26 @@ def tallies(
         active = decisions if value.shape == decisions.shape else samples
         parts += _tally(name, value.detach().double(), active)
     numbers = [float(number) for number in torch.stack(parts).cpu()]
-    return dict(zip(values, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+    found: dict[str, Metric] = {}
+    for name, number, count in zip(values, numbers[::2], numbers[1::2], strict=True):
+        kind = _extreme(name)
+        if kind is None:
+            found[name] = (number, count)
+        elif count:
+            found[name] = kind(number)
+    return found
+
+
+def _extreme(name: str) -> type[Least] | type[Greatest] | None:
+    return next((kind for ending, kind in EXTREMES.items() if name.endswith(ending)), None)
 
 
 def _tally(name: str, value: Tensor, active: Tensor) -> list[Tensor]:
     """What ``tallies`` gives for one value, as scalars on its device."""
-    if not name.endswith(EXTREMES):
+    kind = _extreme(name)
+    if kind is None:
         return [where_active(value, active).sum(), active.sum().double()]
-    sign = 1.0 if name.endswith("/max") else -1.0
+    sign = 1.0 if kind is Greatest else -1.0
     found = active.any()
     extreme = sign * (sign * value).masked_fill(~active, -torch.inf).amax()
     return [where_active(extreme, found), found.double()]

@@ -23,6 +23,7 @@ from mmrl.run_folder import (
     flatten,
     is_finite,
     read_metrics,
+    read_rows,
     read_run,
     training_curves,
 )
@@ -31,6 +32,10 @@ __all__ = ["before_after", "read_metrics", "write_comparison", "write_report"]
 
 MAX_GRIDS = 12
 """Sample grids embedded in a report, spread evenly and including the first and the last."""
+MAX_COMPLETIONS = 6
+"""Prompts of a step whose completions are shown in a report."""
+MAX_THUMBNAIL = 256
+"""Pixels of the longer side of a prompt's picture."""
 MAX_PNG_BYTES = 400_000
 """Larger pictures are embedded as JPEG."""
 
@@ -93,6 +98,7 @@ def write_report(run: Path) -> Path:
         _header(folder),
         _section("Before and after", _results(folder) + _first_and_last(folder)),
         _section("Learning curves", _learning_curves(folder.metrics)),
+        _section("Completions in training", _pair_of_completions(folder.trained)),
         _section("Diagnostics", _diagnostics(folder.metrics)),
         _section("Samples by step", _all_samples(folder)),
         _section("Configuration", _yaml_block(folder.config)),
@@ -234,12 +240,45 @@ def _result_cells(change: Change) -> list[str]:
 
 
 def _first_and_last(folder: RunFolder) -> str:
+    if folder.held_out:
+        return _pair_of_completions(folder.held_out)
     steps = list(folder.samples)
     if len(steps) < 2:
         return ""
     figures = [_figure(folder.samples[s], f"Step {s}") for s in (steps[0], steps[-1])]
     note = '<p class="note">The same prompts and the same noise, before and after training.</p>'
     return f'{note}<div class="pair">{"".join(figures)}</div>'
+
+
+def _pair_of_completions(files: Mapping[int, Path]) -> str:
+    """Of the first and the last step, one completion of each prompt, with its rewards."""
+    figures = []
+    for step in dict.fromkeys([*files][:1] + [*files][-1:]):
+        rows: dict[str, Mapping[str, Any]] = {}
+        for row in read_rows(files[step]):
+            rows.setdefault(row["prompt"], row)
+        shown = [_completion(row) for row in [*rows.values()][:MAX_COMPLETIONS]]
+        note = f"The first completions of {len(shown)} of {len(rows)} prompts in {files[step].name}"
+        figures.append(
+            f"<figure><figcaption>Step {step}</figcaption>"
+            f'<dl class="texts">{"".join(shown)}</dl><p class="note">{_text(note)}</p></figure>'
+        )
+    return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
+
+
+def _completion(row: Mapping[str, Any]) -> str:
+    pictures = "".join(
+        f'<img alt="" src="{_thumbnail(entry["bytes"])}">'
+        for value in row.values()
+        if isinstance(value, list)  # pictures alone are lists
+        for entry in value
+    )
+    names = [name for name in row if name.startswith("rewards/") or name in ("reward", "advantage")]
+    numbers = ", ".join(f"{name.removeprefix('rewards/')} {number(row[name])}" for name in names)
+    return (
+        f"<dt>{pictures}{_text(row['prompt'])}</dt><dd>{_text(row['completion'])}</dd>"
+        f'<dd class="numbers">{_text(numbers)}</dd>'
+    )
 
 
 def _learning_curves(metrics: Sequence[Row]) -> str:
@@ -424,6 +463,14 @@ def _completions(path: Path) -> str:
     ]
     note = f'<p class="note">First completions; all are in samples/{_text(path.name)}.</p>'
     return f'<dl class="texts">{"".join(shown)}</dl>{note}'
+
+
+def _thumbnail(data: bytes) -> str:
+    """A small picture as a ``data:`` address."""
+    image, buffer = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
+    image.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL))
+    image.save(buffer, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _embed(path: Path) -> str:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -22,6 +22,11 @@ from mmrl.errors import UserError
 LOG = logging.getLogger(__name__)
 EVAL = "eval/"
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+
+COMPLETIONS = "completions"
+
+Kind = Literal["step", "eval"]
+"""Completions of training prompts in a step, or those of held-out prompts after it."""
 
 Row = Mapping[str, Any]
 """One line of ``metrics.jsonl``: ``step`` and named scalars."""
@@ -33,7 +38,8 @@ class RunFolder:
 
     ``config``: the resolved YAML.  ``environment``: versions, commit, command, device.
     ``metrics``: rows in file order.  ``samples``: of each evaluated step, a grid of pictures (PNG)
-    or texts (jsonl).
+    or texts (jsonl).  ``trained`` and ``held_out``: completions with their rewards (parquet), by
+    step.
     """
 
     path: Path
@@ -41,6 +47,8 @@ class RunFolder:
     environment: Mapping[str, Any]
     metrics: Sequence[Row]
     samples: Mapping[int, Path]
+    trained: Mapping[int, Path]
+    held_out: Mapping[int, Path]
 
     @property
     def name(self) -> str:
@@ -81,7 +89,21 @@ def read_run(path: Path) -> RunFolder:
         environment=_read_mapping(path / ENVIRONMENT),
         metrics=read_metrics(path / METRICS),
         samples=_samples(path / "samples"),
+        trained=completion_files(path / COMPLETIONS, "step"),
+        held_out=completion_files(path / COMPLETIONS, "eval"),
     )
+
+
+def completion_files(folder: Path, kind: Kind) -> dict[int, Path]:
+    """Files of completions by their steps, in order."""
+    return _by_step(folder, re.compile(rf"{kind}-(\d+)\.parquet"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of completions."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -191,6 +213,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _samples(folder: Path) -> dict[int, Path]:
-    name = re.compile(r"step-(\d+)\.(png|jsonl)")
-    matches = ((name.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return _by_step(folder, re.compile(r"step-(\d+)\.(png|jsonl)"))
+
+
+def _by_step(folder: Path, name: re.Pattern[str]) -> dict[int, Path]:
+    matches = ((name.fullmatch(path.name), path) for path in folder.glob("*"))
     return dict(sorted((int(match[1]), path) for match, path in matches if match))

@@ -31,6 +31,7 @@ from accelerate.utils import set_seed
 
 from mmrl import checkpoint, preflight
 from mmrl.backend import Backend
+from mmrl.completions import CompletionFiles, drop_after
 from mmrl.config import RunConfig, parse, read_yaml
 from mmrl.distributed import any_process, make_accelerator
 from mmrl.errors import UserError
@@ -39,11 +40,11 @@ from mmrl.metrics import MetricsFile
 from mmrl.progress import Display, make_display
 from mmrl.prompts.dataset import content_id
 from mmrl.resolve import backend_module
-from mmrl.rollouts import make_requests
-from mmrl.run_folder import flatten
+from mmrl.rollouts import Trainable, make_requests
+from mmrl.run_folder import COMPLETIONS, flatten
 from mmrl.sharding import part_of
 from mmrl.trainer import Trainer, needs_of_run
-from mmrl.types import Prompt
+from mmrl.types import Advantages, Prompt
 from mmrl.zero import clip_inside_zero, torch_optimizer, uses_zero
 from rewards.combine import Scorer
 
@@ -150,6 +151,9 @@ class Loop:
     interrupted: list[float]
     saved: int
 
+    def __post_init__(self) -> None:
+        self.trainer.observe = self._observe
+
     def run(self) -> bool:
         """Go to the last step; ``False`` if a signal stopped it, after saving."""
         config = self.session.config
@@ -185,6 +189,24 @@ class Loop:
         if self.session.config.tracking.trackers:
             self.session.accelerator.log(values, step=step)
 
+    @property
+    def _completions(self) -> CompletionFiles:
+        config = self.session.config
+        return CompletionFiles(
+            folder=config.run_dir / COMPLETIONS,
+            accelerator=self.session.accelerator,
+            # Only language runs have one.
+            image_column=getattr(config.backend.config, "image_column", None),
+            max_rows=config.tracking.max_completions,
+        )
+
+    def _observe(self, rolled: Trainable, advantages: Advantages) -> None:
+        config, step = self.session.config, self.trainer.progress.step + 1
+        if step in (1, config.training.num_steps) or step % config.tracking.completions_every == 0:
+            rank = self.session.accelerator.process_index
+            mine = [g for g in rolled.groups if rolled.owners[g.request.index] == rank]
+            self._completions.write("step", step, mine, rolled.scores, advantages.values)
+
     def _evaluate(self, judge: Scorer) -> None:
         session = self.session
         if not session.evaluation_prompts:
@@ -198,6 +220,8 @@ class Loop:
         self.display.evaluation(step, result.metrics)
         if session.main:
             save_shown(result, session.config.run_dir / "samples", step)
+        shown = result.shown if session.main else []
+        self._completions.write("eval", step, shown, result.scores)
 
     def _save(self) -> None:
         progress = self.trainer.progress
@@ -409,6 +433,7 @@ def _open_folder(session: Session, keep_until: int | None) -> MetricsFile | None
             about["resumed"] = json.loads(record.read_text())
         record.write_text(json.dumps(about, indent=1))
         metrics = MetricsFile(run / "metrics.jsonl", keep_until)
+        drop_after(run / COMPLETIONS, -1 if keep_until is None else keep_until)
     session.accelerator.wait_for_everyone()
     if config.tracking.trackers:
         session.accelerator.init_trackers("mmrl", init_kwargs={"wandb": {"name": config.name}})

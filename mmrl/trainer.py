@@ -69,7 +69,10 @@ Anchors = dict[tuple[int, int], Anchor]
 
 @dataclass
 class Trainer:
-    """One run in progress. ``progress`` alone changes; everything else is fixed at start."""
+    """One run in progress. ``progress`` alone changes; everything else is fixed at start.
+
+    ``observe`` is shown what each step trains on, on every process.
+    """
 
     config: RunConfig
     accelerator: Accelerator
@@ -79,6 +82,7 @@ class Trainer:
     prompts: Sequence[Prompt]
     scorer: Scorer
     progress: Progress = field(default_factory=Progress)
+    observe: Callable[[Trainable, Advantages], None] | None = None
     unscored_in_a_row: int = 0
     replay_gap: torch.Tensor | None = None
 
@@ -91,6 +95,8 @@ class Trainer:
         rolled, times = self._collect(requests, means)
         scores = self._penalised(rolled, assemble(rolled.scores), means)
         advantages = self._advantages(scores, rolled.scores)
+        if self.observe is not None:
+            self.observe(rolled, advantages)
         rate = float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
         step = self.progress.step
@@ -473,11 +479,19 @@ class Trainer:
             )
 
     def _reduced(self, means: Means) -> dict[str, float]:
-        """Means over all processes."""
+        """Means and totals over all processes."""
         merged = Means()
-        for pairs in gather_items(self.accelerator, [means.pairs]):
-            merged.add(pairs)
-        return merged.result()
+        for metrics in gather_items(self.accelerator, [means.metrics]):
+            merged.add(metrics)
+        return self._counted(merged.result())
+
+    def _counted(self, values: dict[str, float]) -> dict[str, float]:
+        """``num_tokens`` as TRL has it: all that the run has seen."""
+        if "num_tokens" not in values:
+            return values
+        seen = self.progress.num_tokens + int(values["num_tokens"])
+        self.progress = replace(self.progress, num_tokens=seen)
+        return values | {"num_tokens": float(seen)}
 
 
 def needs_of(config: RunConfig) -> frozenset[str]:

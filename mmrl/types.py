@@ -24,6 +24,22 @@ TASK = "task"
 """Column in which prompts of several tasks say which is theirs."""
 
 
+class Least(float):
+    """A metric of which the least is logged."""
+
+
+class Greatest(float):
+    """A metric of which the greatest is logged."""
+
+
+class Total(float):
+    """A metric of which the sum is logged."""
+
+
+Metric = tuple[float, float] | Least | Greatest | Total
+"""What parts report to be logged; a pair is (sum, count), of which the mean is logged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One conditioning input.
@@ -72,7 +88,7 @@ class RolloutGroup:
     backend needs to evaluate the samples again; opaque to everybody else.  ``logp_old`` [G, K]:
     log-probabilities under the sampling policy where the sampler knows them, else ``None``.
     ``mask`` [G, K] bool: decisions that exist and are trained.  ``everything`` [G, K] bool: those
-    that exist, or ``None`` where all are trained.  ``metrics``: (sum, count) pairs to log.
+    that exist, or ``None`` where all are trained.  ``metrics``: what is logged of them.
     """
 
     request: RolloutRequest
@@ -81,7 +97,7 @@ class RolloutGroup:
     mask: Tensor
     logp_old: Tensor | None = None
     everything: Tensor | None = None
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     @property
     def drawn(self) -> Tensor:
@@ -249,7 +265,7 @@ class PolicyTerms:
     step_size: Tensor | None = None
     step_std: Tensor | None = None
     diffusion: Tensor | None = None
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.logp, "logp", 2, torch.float32, torch.float64)
@@ -289,7 +305,7 @@ class LossTerms:
     """Unreduced loss [B, K] (or [B, 1] for one value a sample) and (sum, count) metrics."""
 
     loss: Tensor
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.loss, "loss", 2, torch.float32, torch.float64)

@@ -16,6 +16,8 @@ from typing import Any
 
 from mmrl.types import RolloutGroup
 from rewards._answers import is_missing
+from rewards._python_runner import ignore
+from rewards._values import PartlyFailed
 
 Function = Callable[..., Any]
 Samples = Sequence[Any]
@@ -58,7 +60,7 @@ def trl(function: Function, kwargs: Mapping[str, Any]) -> Function:
         asked: Samples = [list(messages)] * len(outputs) if messages else prompts
         said = [[{"role": "assistant", "content": o}] for o in outputs] if messages else outputs
         unknown = {"completion_ids": None, "trainer_state": None}
-        logs = {"log_extra": _ignore, "log_metric": _ignore}
+        logs = {"log_extra": ignore, "log_metric": ignore}
         own = {"prompts": list(asked), "completions": list(said)}
         offered = {**unknown, **logs, **columns, **own, **kwargs}
         values = awaited(function(**accepted(function, offered)))
@@ -73,7 +75,7 @@ def verl(function: Function, kwargs: Mapping[str, Any], target: str, limit_s: fl
     NaN without calling it where the sample has no ground truth.
     """
 
-    def reward(prompts: Samples, outputs: Samples, **columns: Any) -> list[float]:
+    def reward(prompts: Samples, outputs: Samples, **columns: Any) -> Any:
         truths = ground_truths(columns, target, len(outputs))
 
         def score(i: int) -> Any:
@@ -96,7 +98,7 @@ def easyr1(function: Function, kwargs: Mapping[str, Any], target: str, limit_s: 
     NaN without calling it where the sample has no ground truth.
     """
 
-    def reward(prompts: Samples, outputs: Samples, **columns: Any) -> list[float]:
+    def reward(prompts: Samples, outputs: Samples, **columns: Any) -> Any:
         inputs = _easyr1_inputs(outputs, target, columns)
         truths = [sample["ground_truth"] for sample in inputs]
 
@@ -136,22 +138,27 @@ def ground_truths(columns: Mapping[str, Samples], target: str, size: int) -> Sam
 
 def of_each(
     score: Callable[[int], Any], truths: Samples, limit_s: float | None, key: str, is_async: bool
-) -> list[float]:
+) -> list[float] | PartlyFailed:
     """``score(i)`` of every sample with a ground truth; NaN for the others and what is late.
 
-    Coroutines run side by side, others one after another; one that is late is left to itself.
-    ``TimeoutError`` if all are late.
+    Coroutines run side by side, others one after another; one that is late is left to itself and
+    has failed.  ``TimeoutError`` if all are late.
     """
     known = [i for i, truth in enumerate(truths) if not is_missing(truth)]
     if is_async:
         results = asyncio.run(_side_by_side(score, known, limit_s))
     else:
         results = [_in_time(lambda i=i: awaited(score(i)), limit_s) for i in known]
-    if known and all(result is _LATE for result in results):
+    num_late = sum(result is _LATE for result in results)
+    if known and num_late == len(known):
         raise TimeoutError(f"all {len(known)} samples took longer than {limit_s:g} s")
     values = (math.nan if r is _LATE else _number(r, key) for r in results)
     found = dict(zip(known, values, strict=True))
-    return [found.get(i, math.nan) for i in range(len(truths))]
+    scores = [found.get(i, math.nan) for i in range(len(truths))]
+    if not num_late:
+        return scores
+    message = f"timed out after {limit_s:g} s"
+    return PartlyFailed(values=scores, num_failed=num_late, message=message)
 
 
 async def _side_by_side(
@@ -223,7 +230,3 @@ def is_async(function: Function) -> bool:
 def _reading_groups(reward: Function) -> Function:
     reward.reads_group = True  # type: ignore[attr-defined]
     return reward
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """In place of TRL's hooks for logging."""

@@ -17,9 +17,6 @@ import json
 import math
 import os
 import secrets
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +31,11 @@ from torch import Tensor
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
 from rewards._answers import code_in, column, is_missing, text_of
+from rewards._child import Child, EndedError
 
 PAPER = ""
 
 RUNNER = Path(__file__).with_name("_code_runner.py")
-
-GRACE_SECONDS = 1.0
-"""For reading what was reported before a process was ended."""
 
 
 class Config(StrictModel):
@@ -112,42 +107,23 @@ def passed(code: str, tests: Sequence[str], config: Config) -> int:
         "memory": config.memory_mb * 2**20,
         "file": config.file_mb * 2**20,
     }
-    lines = run(json.dumps(task), config.limit_s).split("\n")
+    lines = run(json.dumps(task), config.limit_s)
     return sum(f"{word} {i}" in lines for i in range(len(tests)))
 
 
-def run(task: str, limit_s: float) -> str:
+def run(task: str, limit_s: float) -> list[str]:
     """What the runner reports about ``task`` until it ends or ``limit_s`` is over."""
-    with (
-        tempfile.TemporaryDirectory(prefix="mmrl-code-", ignore_cleanup_errors=True) as folder,
-        _start(folder) as process,
-    ):
+    with tempfile.TemporaryDirectory(prefix="mmrl-code-", ignore_cleanup_errors=True) as folder:
+        child = _start(folder)
         try:
-            return process.communicate(task, timeout=limit_s)[0]
-        except subprocess.TimeoutExpired:
-            _end(process)
-            with suppress(subprocess.TimeoutExpired):  # one that left the session may still write
-                return process.communicate(timeout=GRACE_SECONDS)[0]
-            return ""
+            child.say(task.encode(), last=True)
+            return list(child.lines(limit_s))
+        except EndedError:  # before it read the task
+            return []
         finally:
-            _end(process)
+            child.end()
 
 
-def _start(folder: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-I", "-B", str(RUNNER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        text=True,
-        errors="replace",
-    )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the process and all that it started, unless that left its session."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _start(folder: str) -> Child:
+    own = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+    return Child(["-I", "-B", str(RUNNER)], cwd=folder, env=own)

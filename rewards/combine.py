@@ -9,16 +9,16 @@ failed.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
@@ -28,6 +28,9 @@ from mmrl.resolve import resolve
 from mmrl.schema import StrictModel, nearest, validate
 from mmrl.types import Prompt, RolloutGroup
 from rewards._signatures import GROUP
+from rewards._values import BadReturnError, PartlyFailed, as_values
+
+LOG = logging.getLogger(__name__)
 
 Reward = Callable[..., Any]
 
@@ -271,7 +274,7 @@ class _Worker:
     def __init__(self, spec: RewardSpec, reward: Reward) -> None:
         self._spec, self._reward = spec, reward
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
-        self._closed = False
+        self._closed = self._warned = False
         self._thread = Thread(target=self._serve, name=f"reward-{spec.label}", daemon=True)
         self._thread.start()
 
@@ -294,7 +297,18 @@ class _Worker:
             elif not self._spec.judges(job.group.request.prompt):
                 job.finish(_Outcome(_nothing(job.group)))
             else:
-                job.finish(self._score(job.group))
+                outcome = self._score(job.group)
+                self._warn(outcome)
+                job.finish(outcome)
+
+    def _warn(self, outcome: _Outcome) -> None:
+        """Of the first failure; the log counts them all."""
+        if outcome.num_failed and outcome.fatal is None and not self._warned:
+            self._warned = True
+            LOG.warning(
+                "reward %r: %d of %d samples not scored: %s (rewards/.../failed counts them)",
+                self._spec.label, outcome.num_failed, len(outcome.values), outcome.message,
+            )  # fmt: skip
 
     def _score(self, group: RolloutGroup) -> _Outcome:
         """One call in a thread of its own (cheap beside a reward), left behind if it hangs."""
@@ -320,15 +334,15 @@ def scored(reward: Reward, group: RolloutGroup, label: str) -> _Outcome:
     start = time.perf_counter()
     try:
         returned = reward([prompt.text] * size, list(group.outputs), **columns)
-        values = _as_values(returned, size)
-    except _BadReturnError as error:
+        outcome = _outcome(returned, size)
+    except BadReturnError as error:
         fatal = UserError(f"reward {label!r} returned {error}")
         return _failed(group, str(fatal), fatal=fatal)
     except BaseException as error:
         # Even sys.exit() in a reward: the group would otherwise wait for its timeout.
         message = f"{type(error).__name__}: {error}"
         return _failed(group, message, seconds=time.perf_counter() - start)
-    return _without_infinities(values, time.perf_counter() - start)
+    return replace(outcome, seconds=time.perf_counter() - start)
 
 
 def _failed(
@@ -343,32 +357,17 @@ def _nothing(group: RolloutGroup) -> Tensor:
     return torch.full((group.request.group_size,), math.nan, dtype=torch.float64)
 
 
-def _without_infinities(values: Tensor, seconds: float) -> _Outcome:
+def _outcome(returned: Any, size: int) -> _Outcome:
+    """What a reward returned; infinities are failures.  ``BadReturnError`` for anything else."""
+    if isinstance(returned, PartlyFailed):
+        found = _outcome(returned.values, size)
+        return replace(
+            found,
+            num_failed=found.num_failed + returned.num_failed,
+            message=returned.message or found.message,
+        )
+    values = as_values(returned, size)
     infinite = values.isinf()
     num_failed = int(infinite.sum())
     message = f"{num_failed} of {len(values)} values are infinite" if num_failed else None
-    values = values.masked_fill(infinite, math.nan)
-    return _Outcome(values, num_failed=num_failed, message=message, seconds=seconds)
-
-
-class _BadReturnError(Exception):
-    """What a reward returned is not G numbers."""
-
-
-def _as_values(returned: Any, size: int) -> Tensor:
-    """float64 [size] from a tensor, array or list, NaN for None; else ``_BadReturnError``."""
-    if isinstance(returned, np.ndarray):
-        returned = returned.tolist()
-    if isinstance(returned, list | tuple):
-        returned = [math.nan if value is None else value for value in returned]
-    if isinstance(returned, Tensor) and returned.is_complex():
-        raise _BadReturnError(f"complex values, not {size} numbers")
-    try:
-        values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise _BadReturnError(f"{type(returned).__name__}, not {size} numbers ({error})") from error
-    if values.ndim != 1:
-        raise _BadReturnError(f"shape {list(values.shape)}, not [{size}]")
-    if len(values) != size:
-        raise _BadReturnError(f"{len(values)} values for {size} samples")
-    return values
+    return _Outcome(values.masked_fill(infinite, math.nan), num_failed=num_failed, message=message)

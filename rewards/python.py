@@ -4,6 +4,9 @@ Range and direction are the function's own (higher is better).  It is called as
 ``function(prompts, outputs, **columns, **kwargs)`` and returns N numbers, NaN or None where it does
 not apply; ``signature`` names other ways of calling.  Coroutine functions are awaited.  A reward
 whose name is itself a dotted path is short for this one.
+
+With ``workers`` it is called in as many processes, for each sample by itself; what crashes, hangs
+or raises there leaves its own sample unscored, is counted in the log, and stops nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from pydantic import Field, model_validator
 from mmrl.errors import UserError
 from mmrl.resolve import callable_at
 from mmrl.schema import StrictModel
-from rewards import _signatures
+from rewards import _signatures, _workers
 
 PAPER = ""
+
+SAMPLE_TIMEOUT_S = 30.0
+"""For one sample in a worker, where nothing else is said."""
 
 
 class Config(StrictModel):
@@ -53,19 +59,31 @@ class Config(StrictModel):
     sample_timeout_s: float | None = Field(
         default=None,
         gt=0,
-        description="verl, easyr1 not batched: seconds for one sample, then it is not scored; "
-        "null: only timeout_s, for the group",
+        description="with workers, else for verl and easyr1 not batched: seconds for one sample, "
+        "then it is not scored; null: 30 with workers, else only timeout_s, for the group",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="processes that score samples side by side, each in a call of its own, with "
+        "lists of one where the function takes lists; null: all in this process",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        for key, users in (("batched", ["easyr1"]), ("sample_timeout_s", ["verl", "easyr1"])):
-            if getattr(self, key) is not None and self.signature not in users:
-                raise UserError(
-                    f"{key} is for signature: {' or '.join(users)}, not {self.signature!r}"
-                )
-        if self.batched and self.sample_timeout_s is not None:
-            raise UserError("sample_timeout_s: with batched: true all samples are one call")
+        if self.batched is not None and self.signature != "easyr1":
+            raise UserError(f"batched is for signature: easyr1, not {self.signature!r}")
+        if self.sample_timeout_s is None or self.workers is not None:
+            return self
+        if self.signature not in ("verl", "easyr1"):
+            raise UserError(
+                "sample_timeout_s is for workers or signature: verl or easyr1, not "
+                f"{self.signature!r} without workers"
+            )
+        if self.batched:
+            raise UserError(
+                "sample_timeout_s: with batched: true all samples are one call, without workers"
+            )
         return self
 
 
@@ -75,6 +93,17 @@ def build(config: Config) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{path} is a {type(function).__name__}, not a callable")
     _refuse_misfit(function, config)
+    if config.workers is None:
+        return _adapted(function, config, config.sample_timeout_s)
+    limit_s = config.sample_timeout_s or SAMPLE_TIMEOUT_S
+    remote = _workers.in_processes(function, path, config.workers, limit_s)
+    return _workers.one_by_one(_adapted(remote, config, None))
+
+
+def _adapted(
+    function: Callable[..., Any], config: Config, limit_s: float | None
+) -> Callable[..., Any]:
+    """``function`` called as every reward is."""
     if config.signature == "trl":
         return _signatures.trl(function, config.kwargs)
     if config.signature == "mmrl":
@@ -82,7 +111,7 @@ def build(config: Config) -> Callable[..., Any]:
     if config.signature == "easyr1" and _is_batched(function, config):
         return _signatures.easyr1_batch(function, config.kwargs, config.target)
     adapter = getattr(_signatures, config.signature)
-    return adapter(function, config.kwargs, config.target, config.sample_timeout_s)
+    return adapter(function, config.kwargs, config.target, limit_s)
 
 
 def _plain(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -98,7 +127,7 @@ def _is_batched(function: Callable[..., Any], config: Config) -> bool:
         return config.batched
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     batched = getattr(module, "REWARD_TYPE", "sequential") == "batch"
-    if batched and config.sample_timeout_s is not None:
+    if batched and config.sample_timeout_s is not None and config.workers is None:
         raise UserError(
             f"sample_timeout_s: {config.function} takes all samples at once (REWARD_TYPE = 'batch')"
         )

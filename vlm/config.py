@@ -95,3 +95,8 @@ class Config(text.Config):
     model: ModelConfig
     images: ImageConfig = ImageConfig()
     videos: VideoConfig = VideoConfig()
+
+    @property
+    def image_column(self) -> str | None:
+        """Where a prompt has its pictures."""
+        return self.images.column

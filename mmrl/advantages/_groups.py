@@ -68,19 +68,27 @@ def task_numbers(scores: Scores) -> Tensor:
 def advantages_with_metrics(values: Tensor, scores: Scores, groups: GroupStatistics) -> Advantages:
     """Advantages that keep every valid sample, with the metrics common to group estimators.
 
-    ``reward_std``: mean population deviation within a group.  ``frac_reward_zero_std``: share of
-    groups whose valid rewards are all equal.  Both are over groups with a valid sample.
-    ``advantage/abs_mean`` and ``advantage/max`` (of the absolute value): over valid samples.
+    Those of ``spread_metrics``; ``advantage/abs_mean`` and ``advantage/max`` (of the absolute
+    value): over valid samples.
     """
-    used = groups.count > 0
     size = values[scores.valid].abs()
     metrics = {
-        "reward_std": _mean(groups.deviation(0)[used]),
-        "frac_reward_zero_std": _mean(groups.flat[used].double()),
+        **spread_metrics(groups),
         "advantage/abs_mean": _mean(size),
         "advantage/max": float(size.max()) if len(size) else 0.0,
     }
     return Advantages(values=values, keep=scores.valid, metrics=metrics)
+
+
+def spread_metrics(groups: GroupStatistics) -> dict[str, float]:
+    """``reward_std``: mean population deviation within a group.  ``frac_reward_zero_std``: share of
+    groups whose valid rewards are all equal.  Both are over groups with a valid sample.
+    """
+    used = groups.count > 0
+    return {
+        "reward_std": _mean(groups.deviation(0)[used]),
+        "frac_reward_zero_std": _mean(groups.flat[used].double()),
+    }
 
 
 def _mean(values: Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mmrl.advantages._groups import group_statistics, spread_metrics
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
@@ -24,7 +25,12 @@ class Config(StrictModel):
 def estimate(
     scores: Scores, config: Config, state: dict[str, Any]
 ) -> tuple[Advantages, dict[str, Any]]:
-    """Zeros for all samples, invalid ones included, and the unchanged ``state``."""
+    """Zeros for all samples, invalid ones included, and the unchanged ``state``.
+
+    Metrics: those of ``spread_metrics``.
+    """
     del config
     everything = torch.ones_like(scores.valid)
-    return Advantages(values=torch.zeros_like(scores.combined), keep=everything), state
+    metrics = spread_metrics(group_statistics(scores))
+    zeros = torch.zeros_like(scores.combined)
+    return Advantages(values=zeros, keep=everything, metrics=metrics), state

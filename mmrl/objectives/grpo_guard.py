@@ -23,7 +23,7 @@ from mmrl.divergences import active_spread, clamp_log_ratio, gaussian_kl, raw_lo
 from mmrl.objectives._ratio import approx_kl, clipped_surrogate, ratio_metrics
 from mmrl.reduction import tallies, where_active
 from mmrl.schema import StrictModel
-from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
+from mmrl.types import LossTerms, Metric, PolicyTerms, UpdateBatch
 
 PAPER = "Wang et al. 2025, arXiv:2510.22319"
 
@@ -120,10 +120,10 @@ def _moments(raw: Tensor, corrected: Tensor) -> dict[str, Tensor]:
 
 def _pairs_by_sigma(
     values: dict[str, Tensor], sigma: Tensor, batch: UpdateBatch
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, Metric]:
     # A step is known by its sigma: a batch may hold any of them, in any columns.
     level = sigma.double().round(decimals=3)
-    pairs: dict[str, tuple[float, float]] = {}
+    pairs: dict[str, Metric] = {}
     for value in sorted({float(each) for each in level[batch.mask].cpu()}):
         named = {f"{name}/{value:.3f}": each for name, each in values.items()}
         pairs |= tallies(named, batch.mask & (level == value), batch.weights)

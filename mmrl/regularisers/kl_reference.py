@@ -63,12 +63,15 @@ def needs(config: Config) -> frozenset[str]:
 def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     """Penalty [B, K], not multiplied by ``coef``; metric ``kl_reference``.
 
+    An estimate from log-probabilities is also logged as ``kl``, TRL's key, in nats per decision.
     With ``coef`` 0 it is zero and logs nothing, whatever terms are there.
     """
     if config.coef == 0:
         return LossTerms(loss=torch.zeros_like(terms.logp))
     penalty = _penalty(terms, batch, config)
     metrics = tallies({"kl_reference": penalty}, batch.mask, batch.weights)
+    if config.estimator in divergences.ESTIMATORS:
+        metrics["kl"] = metrics["kl_reference"]
     return LossTerms(loss=penalty, metrics=metrics)
 
 

@@ -52,12 +52,14 @@ def attend(
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     found = []
     for tree in layout.trees:
-        asks, *prompt = next(parts)
-        found.append(sdpa_attention_forward(module, asks, *prompt, None, **options)[0])  # causal
+        asks, keys, values = next(parts)
+        found.append(
+            sdpa_attention_forward(module, asks, keys, values, None, **options)[0]
+        )  # causal
         for asks, *own in islice(parts, len(tree.lengths) - 1):
-            seen = [torch.cat(pair, dim=2) for pair in zip(prompt, own, strict=True)]
-            mask = _behind(prompt[0].shape[2], asks.shape[2], asks.device)
-            found.append(sdpa_attention_forward(module, asks, *seen, mask, **options)[0])
+            k, v = (torch.cat(pair, dim=2) for pair in zip((keys, values), own, strict=True))
+            mask = _behind(keys.shape[2], asks.shape[2], asks.device)
+            found.append(sdpa_attention_forward(module, asks, k, v, mask, **options)[0])
     return torch.cat(found, dim=1), None
 
 

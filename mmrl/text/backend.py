@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mmrl.adapters import ADAPTER, adapters_off
 from mmrl.errors import UserError
 from mmrl.noise import NoiseKey
-from mmrl.reduction import side_by_side
+from mmrl.reduction import side_by_side, tallies
 from mmrl.sharding import gathered
 from mmrl.text.config import Config, RolloutConfig
 from mmrl.text.estimate import describe, estimate_memory
-from mmrl.text.generation import Completion, Settings, generate
+from mmrl.text.generation import Completion, Settings, generate, statistics
 from mmrl.text.head import Scored
 from mmrl.text.layout import Encoded, Row
 from mmrl.text.loading import encode, end_tokens, load_network, load_tokenizer
@@ -149,17 +149,14 @@ class TextBackend:
         finished = torch.tensor([sample.finished for sample in samples])
         everything = torch.arange(int(lengths.max())) < lengths[:, None]
         dropped = ~finished[:, None] & self.config.rollout.drop_overlong
-        decode = self._tokenizer.decode
+        decode, prompt = self._tokenizer.decode, self._prompt(request.prompt)
         return RolloutGroup(
             request=request,
             outputs=[decode(sample.ids, skip_special_tokens=True) for sample in samples],
-            payload=Completions(prompt=self._prompt(request.prompt), samples=samples),
+            payload=Completions(prompt=prompt, samples=samples),
             mask=everything & ~dropped,
             everything=everything,
-            metrics={
-                "completions/mean_length": (float(lengths.sum()), float(len(samples))),
-                "completions/clipped_ratio": (float((~finished).sum()), float(len(samples))),
-            },
+            metrics=statistics(samples, len(prompt.ids)),
         )
 
     def _prompt(self, prompt: Prompt) -> Encoded:
@@ -180,23 +177,29 @@ class TextBackend:
         return payload, side_by_side(masks)
 
     def evaluate(self, batch: UpdateBatch, needs: frozenset[str]) -> PolicyTerms:
-        """logp [B, K] float32, and what ``needs`` asks for."""
+        """logp [B, K] float32, and what ``needs`` asks for; metric ``entropy``, nats per token."""
         reference = self._reference_logp(batch) if "logp_ref" in needs else None
-        found = self._score(batch, with_entropy="entropy" in needs)
+        asked = "entropy" in needs
+        found = self._score(batch, with_entropy=True, entropy_slope=asked)
+        assert found.entropy is not None, "it was asked for"
         return PolicyTerms(
             logp=found.logp,
-            entropy=found.entropy,
+            entropy=found.entropy if asked else None,
             logp_ref=reference,
             logp_sampled=_sampled(batch) if "logp_sampled" in needs else None,
+            # A regulariser may add the same numbers again, which leaves the mean as it is.
+            metrics=tallies({"entropy": found.entropy}, batch.mask, batch.weights),
         )
 
     @torch.no_grad()
     def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
         """logp [K] of each row."""
         del needs
-        return [Anchor(logp=row) for row in self._score(batch, with_entropy=False).logp]
+        return [Anchor(logp=row) for row in self._score(batch).logp]
 
-    def _score(self, batch: UpdateBatch, *, with_entropy: bool) -> Scored:
+    def _score(
+        self, batch: UpdateBatch, *, with_entropy: bool = False, entropy_slope: bool = False
+    ) -> Scored:
         config = self.config
         with self._autocast():
             return self.model(
@@ -208,6 +211,7 @@ class TextBackend:
                     temperature=config.rollout.temperature,
                     chunk=config.head_chunk,
                     with_entropy=with_entropy,
+                    entropy_slope=entropy_slope,
                 )
             )
 
@@ -216,12 +220,12 @@ class TextBackend:
         """Under the model as it was loaded."""
         if self.config.model.lora is not None:
             with adapters_off(self._network):
-                return self._score(batch, with_entropy=False).logp
+                return self._score(batch).logp
         self._take_copies()
         assert self._reference is not None, "build() was told that nothing needs it"
         with self._reference.applied(trainable(self._network)):
             try:
-                return self._score(batch, with_entropy=False).logp
+                return self._score(batch).logp
             finally:
                 reshard(self._network)
 

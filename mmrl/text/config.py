@@ -140,6 +140,11 @@ class Config(StrictModel):
         return self
 
     @property
+    def image_column(self) -> str | None:
+        """Where a prompt has its pictures; nowhere."""
+        return None
+
+    @property
     def provides(self) -> frozenset[str]:
         """Terms of ``mmrl.types.PolicyTerms``."""
         return frozenset({"logp", "logp_ref", "logp_sampled", "entropy"})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmrl.sharding import any_goes_on
 from mmrl.text.layout import Encoded, for_network, joined
+from mmrl.types import Greatest, Least, Metric, Total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,27 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     finished: bool = False
+
+
+def statistics(samples: Sequence[Completion], prompt_tokens: int) -> dict[str, Metric]:
+    """What is logged of the samples of a prompt, under TRL's keys.
+
+    Lengths are in tokens, the end token included; those called terminated are of completions that
+    ended before the limit.  ``num_tokens`` counts the prompt once for each sample.
+    """
+    lengths = [len(sample.ids) for sample in samples]
+    terminated = [len(sample.ids) for sample in samples if sample.finished]
+    count = float(len(samples))
+    values: dict[str, Metric] = {
+        "completions/clipped_ratio": (count - len(terminated), count),
+        "num_tokens": Total(prompt_tokens * len(samples) + sum(lengths)),
+    }
+    for kind, found in (("", lengths), ("terminated_", terminated)):
+        if found:
+            values[f"completions/mean_{kind}length"] = (float(sum(found)), float(len(found)))
+            values[f"completions/min_{kind}length"] = Least(min(found))
+            values[f"completions/max_{kind}length"] = Greatest(max(found))
+    return values
 
 
 @torch.no_grad()

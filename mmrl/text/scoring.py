@@ -27,8 +27,12 @@ def score_rows(
     temperature: float,
     chunk: int,
     with_entropy: bool,
+    entropy_slope: bool = True,
 ) -> Scored:
-    """``logp`` and ``entropy`` [B, K = ``width``], 0 where a sample has no such token."""
+    """``logp`` and ``entropy`` [B, K = ``width``], 0 where a sample has no such token.
+
+    Without ``entropy_slope`` the entropy has no gradient.
+    """
     layout = lay_out(rows, share_prompts=how == "shared_prompt").to(device_of(network))
     states = padded_states(network, rows) if how == "padded" else packed_states(network, layout)
     found = score(
@@ -38,6 +42,7 @@ def score_rows(
         temperature=temperature,
         chunk=chunk,
         with_entropy=with_entropy,
+        entropy_slope=entropy_slope,
     )
     shape = (len(rows), width)
     entropy = None if found.entropy is None else layout.unpack(found.entropy, shape)

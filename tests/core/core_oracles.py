@@ -387,6 +387,7 @@ def check_kl_reference(module: ModuleType) -> None:
             close(out.loss[b, k], formula(new[b][k] - ref[b][k]))
         used = [formula(new[b][k] - ref[b][k]) for b, k in trained(batch)]
         close(out.metrics["kl_reference"], (sum(used), len(used)))
+        assert out.metrics["kl"] == out.metrics["kl_reference"]
         assert module.needs(module.Config(estimator=name)) == {"logp", "logp_ref"}
         weighted = module.loss(terms, batch, module.Config(estimator=name, ratio_weighted=True))
         for b, k in entries(batch.mask):
@@ -524,10 +525,14 @@ def one_reward(scores: Scores, name: str) -> Scores:
 
 
 def check_none(module: ModuleType) -> None:
-    result, state = module.estimate(random_scores(), module.Config(), {"seen": 1})
+    scores = random_scores()
+    result, state = module.estimate(scores, module.Config(), {"seen": 1})
     assert result.values.tolist() == [0.0] * 13
     assert result.keep.all()
-    assert (result.metrics, state) == ({}, {"seen": 1})
+    assert state == {"seen": 1}
+    found = [rewards for rewards in rewards_by_group(scores).values() if rewards]
+    spread = statistics.fmean(deviation(rewards, 0) for rewards in found)
+    close(result.metrics["reward_std"], spread)
 
 
 def check_groups(module: ModuleType) -> None:
@@ -700,8 +705,8 @@ def check_reduction(module: ModuleType) -> None:
     rows |= {"each/min": loss, "each/max": loss}
     tallies = module.tallies(rows, mask, weights)
     close(tallies["each"], (sum(used), len(used)))
-    close(tallies["each/min"], (min(used), 1))
-    close(tallies["each/max"], (max(used), 1))
-    assert module.tallies({"x/max": loss}, mask, 0 * weights) == {"x/max": (0, 0)}
+    close(tallies["each/min"], min(used))
+    close(tallies["each/max"], max(used))
+    assert module.tallies({"x/max": loss}, mask, 0 * weights) == {}
     close(tallies["sample"], (sum(statistics.fmean(values[b]) for b in (0, 1, 2, 4)), 4))
     close(module.denominator(mask, weights, "sample_mean_of_sums", count_empty=True), 5.5)

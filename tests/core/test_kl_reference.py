@@ -74,6 +74,11 @@ def test_masked_infinities_stay_behind_the_mask(estimator):
     assert torch.autograd.grad(loss.sum(), wild)[0].isfinite().all()
 
 
+def test_a_velocity_gap_is_no_kl_in_nats():
+    terms, batch = random_case()
+    assert set(kl_reference.loss(terms, batch, kl_reference.Config()).metrics) == {"kl_reference"}
+
+
 def test_a_velocity_gap_has_no_ratio():
     written = {"estimator": "velocity_elbo", "ratio_weighted": True}
     message = r"regularisers\[0\].ratio_weighted: belongs to the estimators k1, k2 and k3"

@@ -12,6 +12,7 @@ import pytest
 
 from mmrl.errors import UserError
 from rewards import math_verify
+from rewards._child import Child, Pool
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -56,7 +57,7 @@ def test_no_target_is_no_zero(build, target):
 
 @needs_package
 def test_what_never_ends_costs_its_own_sample_only():
-    reward = math_verify.build(math_verify.Config(limit_s=1))
+    reward = math_verify.build(math_verify.Config(limit_s=4))
     texts = ["$1/2$", "$9^{9^{9^{9}}}$", "$1/2$"]
     found = []
 
@@ -71,32 +72,30 @@ def test_what_never_ends_costs_its_own_sample_only():
     assert time.perf_counter() - start < 30
 
 
-@needs_package
-def test_the_process_ends_with_the_reward():
-    judge = math_verify.Judge()
-    question = {"right": "$2$", "found": "$2$", "digits": 6, "limit_s": 5}
-    assert judge.ask(question, 5) == 1
-    process = judge._process
-    del judge
-    assert process.poll() is not None
+QUESTION = {"right": "$2$", "found": "$2$", "digits": 6, "limit_s": 5}
 
 
 @needs_package
 def test_a_process_that_died_is_started_again():
-    judge = math_verify.Judge()
-    question = {"right": "$2$", "found": "$2$", "digits": 6, "limit_s": 5}
-    judge.ask(question, 5)
-    judge._process.kill()
-    judge._process.wait()
-    judge.ask(question, 5)
-    assert judge.ask(question, 5) == 1
+    started = []
+
+    def start():
+        started.append(Child([str(math_verify.RUNNER)]))
+        started[-1].await_ready()
+        return started[-1]
+
+    judge = Pool(start, 1)
+    assert math_verify.verdict(judge, QUESTION) == 1
+    started[0].end()
+    assert math_verify.verdict(judge, QUESTION) == 0
+    assert math_verify.verdict(judge, QUESTION) == 1
+    assert len(started) == 2
 
 
-@needs_package
 def test_a_process_that_does_not_start(monkeypatch, tmp_path):
     monkeypatch.setattr(math_verify, "RUNNER", tmp_path / "none.py")
     with pytest.raises(RuntimeError, match=r"none\.py does not start"):
-        math_verify.Judge().ask({}, 5)
+        math_verify.verdict(Pool(math_verify._start, 1), QUESTION)
 
 
 def test_without_the_package(monkeypatch):

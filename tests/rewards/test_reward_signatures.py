@@ -194,7 +194,8 @@ def test_coroutines_run_side_by_side():
 def test_a_late_sample_is_not_scored(function):
     reward = build(function, "verl", sample_timeout_s=0.3)
     found = reward(["p"] * 3, ["0", "5", "0"], ground_truth=["a"] * 3)
-    assert missing(found) == [False, True, False]
+    assert missing(found.values) == [False, True, False]
+    assert (found.num_failed, found.message) == (1, "timed out after 0.3 s")
     with pytest.raises(TimeoutError, match=r"all 2 samples took longer than 0\.3 s"):
         reward(["p"] * 2, ["5", "5"], ground_truth=["a"] * 2)
 

@@ -7,8 +7,9 @@ import torch
 from tiny_text import ARCHITECTURES, PROMPTS, make_backend, make_requests, network
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from mmrl.text.generation import Settings, choose, generate
+from mmrl.text.generation import Completion, Settings, choose, generate, statistics
 from mmrl.text.layout import Encoded
+from mmrl.types import Greatest, Least, Total
 
 PROMPT_IDS = [[5, 6, 7, 8], [9], [10, 11, 12]]
 ENCODED = [Encoded.of_text(ids) for ids in PROMPT_IDS]
@@ -158,3 +159,24 @@ def test_evaluation_has_its_own_settings(folders):
     groups = list(backend.rollout(make_requests(), evaluation=True))
     assert all(len(set(group.outputs)) == 1 for group in groups)
     assert all(group.mask.shape[1] <= 3 for group in groups)
+
+
+def test_lengths_are_reported_under_trls_keys():
+    samples = [
+        Completion(ids=[5] * length, finished=finished)
+        for length, finished in ((2, True), (6, False), (5, True), (6, False))
+    ]
+    found = statistics(samples, prompt_tokens=10)
+    assert found == {
+        "completions/clipped_ratio": (2, 4),
+        "completions/mean_length": (19, 4),
+        "completions/min_length": 2,
+        "completions/max_length": 6,
+        "completions/mean_terminated_length": (7, 2),
+        "completions/min_terminated_length": 2,
+        "completions/max_terminated_length": 5,
+        "num_tokens": 4 * 10 + 19,
+    }
+    kinds = {name.split("/")[-1].split("_")[0]: type(value) for name, value in found.items()}
+    assert kinds == {"clipped": tuple, "mean": tuple, "min": Least, "max": Greatest, "num": Total}
+    assert "completions/mean_terminated_length" not in statistics(samples[1:2], 10)

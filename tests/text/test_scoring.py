@@ -168,6 +168,34 @@ def test_a_frozen_head_scores_as_any_other(dtype):
     assert (found[0][1] - found[1][1]).norm() < bound * found[1][1].norm()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_entropy_without_a_slope_is_the_same_number(frozen):
+    head, targets = frozen_head(50, 16, torch.float32), torch.arange(0, 50, 3)
+    form = head if frozen else lambda hidden: head(hidden)
+    states = torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(2))
+    found = []
+    for slope in (True, False):
+        leaf = states.clone().requires_grad_()
+        options = {"temperature": 0.8, "chunk": 4, "with_entropy": True, "entropy_slope": slope}
+        logp, entropy = score(form, leaf, targets, **options)
+        assert entropy.requires_grad == slope
+        logp.sum().backward()
+        found.append((logp.detach(), entropy.detach(), leaf.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_is_logged_whoever_asks(folders):
+    backend = make_backend(folders["qwen3"], needs=("logp", "entropy"))
+    batch = make_batch(backend, list(backend.rollout(make_requests())))
+    plain = backend.evaluate(batch, frozenset({"logp"}))
+    asked = backend.evaluate(batch, frozenset({"logp", "entropy"}))
+    assert plain.entropy is None
+    total, count = plain.metrics["entropy"]
+    assert count == float(batch.mask.sum())
+    assert total == pytest.approx(asked.entropy[batch.mask].sum().item(), rel=1e-5)
+
+
 def test_a_window_that_is_too_short_is_refused():
     model = load(
         "qwen2",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from toy.run import ROOT, column, launch, metrics_of, weights_of
@@ -139,6 +141,86 @@ def test_two_processes_equal_one(model, unbroken, tmp_path):
     done = launch(config(model, tmp_path), tmp_path / "config.yaml", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     close(unbroken, tmp_path / "run")
+
+
+LOG_KEYS = {
+    "reward", "reward_std", "frac_reward_zero_std", "rewards/red/mean", "rewards/red/std",
+    "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio", "kl", "entropy", "clip_ratio/low", "clip_ratio/high",
+    "clip_ratio/region", "num_tokens", "grad_norm", "loss",
+}  # fmt: skip
+"""Of TRL, which dashboards know; ``step_time`` besides."""
+
+
+def test_the_log_has_trls_keys_with_and_without_an_entropy_bonus(model, unbroken, tmp_path):
+    """That any split of the work gives the same numbers is what ``close`` asks above."""
+    steps = [row for row in metrics_of(unbroken) if "reward" in row]
+    plain = run(model, tmp_path, "training.num_steps=1", "regularisers=[]")
+    for row in steps:
+        assert row.keys() >= LOG_KEYS
+        assert row["completions/min_length"] <= row["completions/mean_length"]
+        assert row["completions/mean_length"] <= row["completions/max_length"] <= 6
+    assert metrics_of(plain)[1].keys() >= LOG_KEYS - {"kl"}
+    assert column(plain, "entropy")[0] > 0
+    seen = column(unbroken, "num_tokens")
+    assert all(later > earlier for earlier, later in itertools.pairwise([0.0, *seen]))
+    progress = json.loads((unbroken / "checkpoint-4" / "progress.json").read_text())
+    assert progress["num_tokens"] == seen[-1]
+
+
+def completions(path: Path) -> dict[str, list[dict]]:
+    """Rows of every file of completions."""
+    files = sorted((path / "completions").iterdir())
+    return {file.name: pd.read_parquet(file).to_dict("records") for file in files}
+
+
+def test_completions_are_kept_with_what_they_earned(unbroken):
+    found = completions(unbroken)
+    assert [*found] == [
+        *(f"eval-00000{step}.parquet" for step in (0, 2, 4)),
+        *(f"step-00000{step}.parquet" for step in (1, 4)),
+    ], "the first and the last step; the tenth was none"
+    trained = [row for row in metrics_of(unbroken) if "reward" in row]
+    for step in (1, 4):
+        rows = found[f"step-00000{step}.parquet"]
+        assert len(rows) == 12
+        assert {row["step"] for row in rows} == {step}
+        for row in rows:
+            words = row["completion"].split()
+            assert row["rewards/red"] == words.count("red") / max(1, len(words))
+            assert row["reward"] == row["rewards/red"]
+        mean = sum(row["reward"] for row in rows) / 12
+        assert mean == pytest.approx(trained[step - 1]["reward"])
+        assert all(rows[i]["prompt"] == rows[i - i % 4]["prompt"] for i in range(12))
+        for i in range(0, 12, 4):
+            assert sum(row["advantage"] for row in rows[i : i + 4]) == pytest.approx(0, abs=1e-6)
+    held_out = found["eval-000004.parquet"]
+    assert len(held_out) == 8
+    assert "advantage" not in held_out[0]
+    shown = (unbroken / "samples" / "step-000004.jsonl").read_text().splitlines()
+    texts = [text for line in shown for text in json.loads(line)["completions"]]
+    assert [row["completion"] for row in held_out] == texts
+
+
+KEEP = ("tracking.completions_every=1", "tracking.max_completions=9")
+
+
+def test_completions_of_a_resumed_run_and_of_two_processes(model, tmp_path):
+    whole = run(model, tmp_path / "whole", *KEEP)
+    found = completions(whole)
+    assert [len(rows) for name, rows in found.items() if "step" in name] == [8] * 4
+    cut = run(model, tmp_path / "cut", "training.num_steps=3", *KEEP)
+    stale = cut / "completions" / "step-000004.parquet"
+    stale.write_bytes(b"of a step that a kill undid")
+    (cut / "completions" / "eval-000003.parquet").unlink()  # of the shorter run's last step
+    assert completions(run(model, tmp_path / "cut", *KEEP, resume=True)) == found
+    done = launch(config(model, tmp_path / "two", *KEEP), tmp_path / "two.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = completions(tmp_path / "two" / "run")
+    assert [*two] == [*found]
+    for name, rows in two.items():
+        frames = pd.DataFrame(rows), pd.DataFrame(found[name])
+        pd.testing.assert_frame_equal(*frames, rtol=1e-3, atol=1e-5)
 
 
 def test_the_replay_of_a_rollout_has_no_gap(model, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from test_text_runs import close, config
 from toy.run import ROOT, column, launch, metrics_of, weights_of
 
@@ -67,6 +68,14 @@ def test_it_trains_and_leaves_a_processor(unbroken):
     assert all(norm > 0 for norm in column(unbroken, "grad_norm"))
     found = {path.name for path in (unbroken / "final").iterdir()}
     assert found & {"preprocessor_config.json", "processor_config.json"}
+
+
+def test_completions_have_the_pictures_of_their_prompts(unbroken, tmp_path):
+    file = str(unbroken / "completions" / "eval-000004.parquet")
+    rows = Dataset.from_parquet(file, cache_dir=str(tmp_path))
+    assert {len(row["images"]) for row in rows} == {0, 1, 2}
+    assert all(image.width > 1 for row in rows for image in row["images"])
+    assert "data:image/jpeg" in (unbroken / "report.html").read_text()
 
 
 def test_a_resumed_run_is_bit_identical(model, family, folder, unbroken):
