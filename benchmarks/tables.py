@@ -17,8 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "xformers", "rapidocr",
-            "onnxruntime", "ddddocr")  # fmt: skip
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "trl", "xformers",
+            "rapidocr", "onnxruntime", "ddddocr")  # fmt: skip
 ABSENT = "-"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -54,16 +53,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """Where in the row its prompt starts, and ``lengths``: of the prompt, then each completion."""
+    """``lengths`` in the row: of the prompt, then of each completion."""
 
-    start: int
     lengths: tuple[int, ...]
-
-    @property
-    def bounds(self) -> list[tuple[int, int]]:
-        """(start, stop) of the prompt and of each completion."""
-        edges = list(accumulate(self.lengths, initial=self.start))
-        return list(pairwise(edges))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +102,8 @@ def lay_out(rows: Sequence[Row], *, share_prompts: bool) -> Layout:
     found: list[tuple[int, int, int, int]] = []
     for members in families.values():
         prompt = rows[members[0]].prompt
-        start, last = len(tokens), len(tokens) + len(prompt.ids) - 1
         tokens += prompt.ids
+        last = len(tokens) - 1
         positions.append(prompt.positions)
         for number in members:
             completion, first = rows[number].completion, len(tokens)
@@ -122,7 +114,7 @@ def lay_out(rows: Sequence[Row], *, share_prompts: bool) -> Layout:
                 for k, token in enumerate(completion)
             ]
         lengths = (len(prompt.ids), *(len(rows[number].completion) for number in members))
-        trees.append(Tree(start=start, lengths=lengths))
+        trees.append(Tree(lengths=lengths))
     before, targets, sample, index = torch.tensor(found).unbind(1)
     return Layout(
         tokens=torch.tensor([tokens]),

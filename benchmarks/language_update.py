@@ -1,0 +1,372 @@
+"""How fast is an update of a language model, how much memory does it take, and what does TRL need?
+
+    python -m benchmarks.language_update [--prompts 20 400] [--vocabularies 512 32768 151936]
+
+One group of a random-weight Qwen3 on the same weights, completions and advantages, in float32:
+the forms of ``backend.update``, and TRL's ``GRPOTrainer`` (``pip install -e '.[bench-trl]'``).  An
+update is a forward and a backward of GRPO's loss.  Gradients of all are compared first, and nothing
+is timed if they differ.  Forms are timed by turns.  Memory: each form in a process of its own, its
+peak during the update above what it held before.  A whole step has each system's own sampling,
+rewards and optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import tables
+from benchmarks.language_peers import (
+    FORMS,
+    OURS,
+    TRAINED,
+    TRL,
+    TRL_COMPACT,
+    Peer,
+    Shape,
+    Work,
+    gradient,
+    gradient_gap,
+    make_model,
+    make_work,
+    open_peer,
+)
+from mmrl.charts import SERIES_COLOURS
+
+TOLERANCE = 1e-5
+"""Largest norm of a difference of two gradients, over the norm of TRL's."""
+
+SYSTEMS = (OURS[0], TRL, TRL_COMPACT)
+"""What samples in ways of its own; our forms differ in the update only."""
+
+PROBE = Work(completions=[[2, 3]], advantages=[1.0])
+"""Enough to load what is loaded late, before memory is looked at."""
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """``cpu`` and ``wall`` seconds of every round, and the ``tokens`` of completions in it."""
+
+    tokens: list[int] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def add(self, work: Callable[[], int]) -> None:
+        """Another round; ``work`` returns its tokens."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        tokens = work()
+        self.cpu.append(time.process_time() - cpu)
+        self.wall.append(time.perf_counter() - wall)
+        self.tokens.append(tokens)
+
+    @property
+    def cpu_rate(self) -> float:
+        """Tokens a CPU-second, median of the rounds."""
+        return statistics.median(n / t for n, t in zip(self.tokens, self.cpu, strict=True))
+
+    @property
+    def wall_rate(self) -> float:
+        """Tokens a second, median of the rounds."""
+        return statistics.median(n / t for n, t in zip(self.tokens, self.wall, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """All about one shape, by form: ``gaps`` of the gradients, ``growth`` in bytes, the costs of
+    updates and of whole steps, and the load average before and after.
+    """
+
+    shape: Shape
+    gaps: dict[str, float]
+    growth: dict[str, int]
+    updates: dict[str, Cost]
+    steps: dict[str, Cost]
+    load: tuple[float, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, time, print, write; what is measured is written after each shape."""
+    options = _parser().parse_args(arguments)
+    cells: list[Cell] = []
+    for trained in options.trained:
+        for vocabulary in options.vocabularies:
+            for prompt in options.prompts:
+                shape = Shape(prompt=prompt, vocabulary=vocabulary, trained=trained)
+                cells.append(measure(shape, options))
+                path = write(cells, options)
+    print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
+    return 0
+
+
+def measure(shape: Shape, options: argparse.Namespace) -> Cell:
+    """``SystemExit`` if gradients differ."""
+    before = os.getloadavg()[0]
+    sizes = {"num_hidden_layers": options.layers, "hidden_size": options.hidden}
+    work = make_work(shape, options.group_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder, shape, **sizes)
+        growth = {form: in_a_process(form, folder, shape, work) for form in FORMS}
+        peers = open_peers(folder, shape, options.group_size)
+        gaps = differences(peers, work)
+        refuse_differences(gaps)
+        updates = timed(FORMS, options.rounds, lambda form: update(peers[form].use(form), work))
+        steps = timed(SYSTEMS, options.step_rounds, lambda form: peers[form].use(form).step())
+    cell = Cell(
+        shape=shape,
+        gaps=gaps,
+        growth=growth,
+        updates=updates,
+        steps=steps,
+        load=(before, os.getloadavg()[0]),
+    )
+    print(cell, flush=True)
+    return cell
+
+
+def open_peers(folder: Path, shape: Shape, group_size: int) -> dict[str, Peer]:
+    """By form; forms of one system share its model."""
+    ours, trl = (open_peer(form, folder, shape, group_size) for form in (OURS[0], TRL))
+    return {form: ours if form in OURS else trl for form in FORMS}
+
+
+def differences(peers: dict[str, Peer], work: Work) -> dict[str, float]:
+    """``gradient_gap`` of each form from TRL's."""
+    found = {}
+    for form, peer in peers.items():
+        peer.use(form).update(work)
+        found[form] = gradient(peer)
+    return {form: gradient_gap(value, found[TRL]) for form, value in found.items()}
+
+
+def refuse_differences(gaps: dict[str, float]) -> None:
+    """``SystemExit`` if a gap is above ``TOLERANCE``."""
+    wrong = {form: gap for form, gap in gaps.items() if not gap <= TOLERANCE}
+    if wrong:
+        raise SystemExit(f"gradients differ, so there is nothing to compare: {wrong}")
+
+
+def update(peer: Peer, work: Work) -> int:
+    """An update, from no gradients to gradients; returns the tokens of its completions."""
+    for parameter in peer.parameters().values():
+        parameter.grad = None
+    peer.update(work)
+    return work.tokens
+
+
+def timed(forms: Sequence[str], rounds: int, run: Callable[[str], int]) -> dict[str, Cost]:
+    """``run(form)`` by turns, a first time unmeasured, the order reversed every round."""
+    costs = {form: Cost() for form in forms}
+    for form in forms:
+        run(form)
+    for number in range(rounds):
+        for form in forms[:: -1 if number % 2 else 1]:
+            costs[form].add(lambda form=form: run(form))
+    return costs
+
+
+# Memory
+
+
+def in_a_process(form: str, folder: Path, shape: Shape, work: Work) -> int:
+    """``growth`` in a fresh process with as many threads."""
+    # The allocator then gives back what is freed, and the next update cannot hide in it.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            threads = torch.get_num_threads()
+            return pool.submit(growth, form, folder, shape, work, threads).result()
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def growth(form: str, folder: Path, shape: Shape, work: Work, threads: int) -> int:
+    """Bytes by which an update's peak exceeds what the process held before; Linux only."""
+    torch.set_num_threads(threads)
+    peer = open_peer(form, folder, shape, len(work.completions))
+    peer.update(PROBE)
+    gradient(peer)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = resident("VmRSS")
+    peer.update(work)
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Bytes of resident memory: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+# Report
+
+
+def write(cells: Sequence[Cell], options: argparse.Namespace) -> Path:
+    """The results so far, and their drawing."""
+    about = tables.machine() | {"threads": torch.get_num_threads()}
+    data = {
+        "machine": about,
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
+        "cells": [asdict(cell) for cell in cells],
+    }
+    markdown = report(cells, options, about)
+    path = tables.write_results(options.out, "language-update", markdown, data)
+    plot(cells).savefig(path.with_suffix(".png"), dpi=150)
+    return path
+
+
+def report(cells: Sequence[Cell], options: argparse.Namespace, about: dict[str, Any]) -> str:
+    """The whole result in markdown."""
+    loads = [load for cell in cells for load in cell.load]
+    return "\n\n".join(
+        [
+            "# Update of a language model beside TRL's",
+            f"A Qwen3 of {options.layers} layers, width {options.hidden}, random weights, float32, "
+            f"one group of {options.group_size} completions with "
+            f"{make_work(cells[0].shape, options.group_size).tokens} tokens together. "
+            f"`{TRL}`: `GRPOTrainer` as it is; on a CPU its head scores every position, those of "
+            f"prompts and padding too. `{TRL_COMPACT}`: the same told to score completion tokens "
+            "only, as it does on CUDA. Neither has gradient checkpointing.",
+            "## shared_prompt over TRL",
+            ratio_table(cells),
+            "Speed in completion tokens a CPU-second, as a multiple; memory growth as a share.",
+            "## Updates",
+            update_table(cells),
+            f"Forward and backward; medians of {options.rounds} rounds taken by turns. Growth: "
+            "peak of the update above what the process held before, gradients included, each form "
+            "in a process of its own. Gap: norm of the difference of the gradients from TRL's, "
+            f"over their norm; refused above {TOLERANCE:g}.",
+            "## Whole steps",
+            step_table(cells),
+            "Sampling, a reward that costs nothing, update and optimizer; medians of "
+            f"{options.step_rounds} steps taken by turns. Each system samples for itself, so the "
+            "lengths of completions differ.",
+            f"Threads: {about['threads']}. Load average of the machine: {min(loads):.1f} to "
+            f"{max(loads):.1f}; CPU-seconds suffer from it less than seconds do.",
+            f"Machine: {tables.machine_line(about)}",
+        ]
+    )
+
+
+def ratio_table(cells: Sequence[Cell]) -> str:
+    """Ours against both forms of TRL, one line for each shape."""
+    ours, peers = OURS[0], (TRL, TRL_COMPACT)
+    titles = [f"{what} / {peer}" for what in ("update", "step", "memory") for peer in peers]
+
+    def faster(costs: dict[str, Cost], peer: str) -> str:
+        return f"{costs[ours].cpu_rate / costs[peer].cpu_rate:.2f}"
+
+    return tables.markdown_table(
+        [*_SHAPE, *titles],
+        [
+            [
+                *_shape(cell),
+                *(faster(cell.updates, peer) for peer in peers),
+                *(faster(cell.steps, peer) for peer in peers),
+                *(f"{cell.growth[ours] / cell.growth[peer]:.2f}" for peer in peers),
+            ]
+            for cell in cells
+        ],
+    )
+
+
+def update_table(cells: Sequence[Cell]) -> str:
+    """One line for each shape and form."""
+    header = [*_SHAPE, "form", "tokens / CPU-s", "tokens / s", "growth MiB", "gap"]
+    return tables.markdown_table(
+        header,
+        [
+            [
+                *_shape(cell),
+                form,
+                f"{cost.cpu_rate:.0f}",
+                f"{cost.wall_rate:.0f}",
+                f"{cell.growth[form] / MIB:.0f}",
+                f"{cell.gaps[form]:.1e}",
+            ]
+            for cell in cells
+            for form, cost in cell.updates.items()
+        ],
+    )
+
+
+def step_table(cells: Sequence[Cell]) -> str:
+    """One line for each shape and system."""
+    header = [*_SHAPE, "system", "tokens / CPU-s", "tokens / s", "tokens of a step"]
+    return tables.markdown_table(
+        header,
+        [
+            [
+                *_shape(cell),
+                form,
+                f"{cost.cpu_rate:.0f}",
+                f"{cost.wall_rate:.0f}",
+                f"{statistics.median(cost.tokens):.0f}",
+            ]
+            for cell in cells
+            for form, cost in cell.steps.items()
+        ],
+    )
+
+
+def plot(cells: Sequence[Cell]) -> Figure:
+    """Tokens a CPU-second of the updates, and their memory, as bars for each shape."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for i, (form, colour) in enumerate(zip(FORMS, SERIES_COLOURS, strict=False)):
+        at = [place + (i - 2) * 0.16 for place in range(len(cells))]
+        rates = [cell.updates[form].cpu_rate for cell in cells]
+        speed.bar(at, rates, width=0.15, color=colour, label=form)
+        memory.bar(at, [cell.growth[form] / MIB for cell in cells], width=0.15, color=colour)
+    speed.set(title="update: completion tokens a CPU-second", yscale="log")
+    memory.set(title="memory growth of the update, MiB", yscale="log")
+    for axes in (speed, memory):
+        names = [f"{c.shape.prompt}\n{c.shape.vocabulary}\n{c.shape.trained}" for c in cells]
+        axes.set_xticks(range(len(cells)), names)
+        axes.set_xlabel("prompt tokens, vocabulary, trained")
+        axes.grid(axis="y", alpha=0.3)
+    speed.legend(fontsize="small")
+    return figure
+
+
+_SHAPE = ("trained", "prompt", "vocabulary")
+
+
+def _shape(cell: Cell) -> list[str]:
+    return [cell.shape.trained, str(cell.shape.prompt), str(cell.shape.vocabulary)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.language_update")
+    add = parser.add_argument
+    add("--prompts", type=int, nargs="+", default=[20, 400], help="tokens of the prompt")
+    add("--vocabularies", type=int, nargs="+", default=[512, 32768, 151936])
+    add("--trained", nargs="+", choices=TRAINED, default=["lora"])
+    add("--group-size", type=int, default=8, help="completions of the prompt")
+    add("--layers", type=int, default=3)
+    add("--hidden", type=int, default=256, help="width of the network")
+    add("--rounds", type=int, default=5, help="timed updates of each form")
+    add("--step-rounds", type=int, default=3, help="timed whole steps of each system")
+    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

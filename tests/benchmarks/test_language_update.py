@@ -1,0 +1,125 @@
+"""The update benchmark compares equal work, refuses unequal work and sees memory that is used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import language_peers as peers
+from benchmarks import language_update as benchmark
+
+SHAPE = peers.Shape(prompt=5, vocabulary=128)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("model")
+    peers.make_model(found, SHAPE, **SIZES)
+    return found
+
+
+def test_prompts_and_completions_have_the_tokens_asked_for(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer(peers.prompt_of(SHAPE)).input_ids) == SHAPE.prompt
+    work = peers.make_work(SHAPE, 3)
+    assert [len(ids) for ids in work.completions] == [32, 64, 96]
+    assert work.tokens == 192
+
+
+@pytest.mark.parametrize("trained", peers.TRAINED)
+def test_our_forms_have_one_gradient_and_other_work_is_noticed(folder, trained):
+    shape = replace(SHAPE, trained=trained)
+    peer = peers.open_peer("shared_prompt", folder, shape, 3)
+    work = peers.make_work(shape, 3)
+
+    def found(form, work):
+        peer.use(form).update(work)
+        return peers.gradient(peer)
+
+    expected = found("padded", work)
+    for form in peers.OURS:
+        assert peers.gradient_gap(found(form, work), expected) <= benchmark.TOLERANCE
+    other = replace(work, advantages=work.advantages[::-1])
+    gap = peers.gradient_gap(found("packed", other), expected)
+    assert gap > 0.1
+    with pytest.raises(SystemExit, match="packed"):
+        benchmark.refuse_differences({"padded": 0.0, "packed": gap})
+
+
+def test_gradients_of_other_parameters_differ():
+    one = {"a": torch.ones(2)}
+    assert peers.gradient_gap({"b": torch.ones(2)}, one) == float("inf")
+    assert peers.gradient_gap({"a": torch.tensor([1.0, 2.0])}, one) == pytest.approx(0.5**0.5)
+
+
+def test_a_step_of_ours_trains(folder):
+    peer = peers.open_peer("shared_prompt", folder, SHAPE, 3)
+    before = {name: value.detach().clone() for name, value in peer.parameters().items()}
+    assert 3 <= peer.step() <= 3 * peers.MAX_LENGTH
+    assert any(not torch.equal(before[k], v) for k, v in peer.parameters().items())
+
+
+def test_turns_are_reversed_and_the_first_is_not_measured():
+    seen = []
+
+    def run(form):
+        seen.append(form)
+        return 7
+
+    costs = benchmark.timed(("a", "b"), 2, run)
+    assert seen == ["a", "b", "a", "b", "b", "a"]
+    assert costs["a"].tokens == [7, 7]
+    assert len(costs["b"].cpu) == len(costs["b"].wall) == 2
+
+
+def test_rates_are_medians_of_the_rounds():
+    cost = benchmark.Cost(tokens=[10, 10, 30], cpu=[1.0, 2.0, 1.0], wall=[2.0, 4.0, 2.0])
+    assert cost.cpu_rate == 10
+    assert cost.wall_rate == 5
+
+
+def test_memory_that_is_used_for_a_moment_is_seen(folder, monkeypatch):
+    if not hasattr(benchmark.os, "sched_getaffinity"):
+        pytest.skip("reads /proc")
+
+    class Hungry:
+        def update(self, work):
+            torch.ones(64 * benchmark.MIB // 4 if work is not benchmark.PROBE else 1)
+
+        def parameters(self):
+            return {}
+
+    monkeypatch.setattr(benchmark, "open_peer", lambda *_: Hungry())
+    grown = benchmark.growth("padded", folder, SHAPE, peers.make_work(SHAPE, 3), 1)
+    assert 60 * benchmark.MIB < grown < 80 * benchmark.MIB
+
+
+def test_memory_is_measured_in_a_process_of_its_own(folder):
+    if not hasattr(benchmark.os, "sched_getaffinity"):
+        pytest.skip("reads /proc")
+    grown = benchmark.in_a_process("padded", folder, SHAPE, peers.make_work(SHAPE, 3))
+    assert 0 < grown < 200 * benchmark.MIB
+    assert "MALLOC_MMAP_THRESHOLD_" not in benchmark.os.environ
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL's, about what it uses itself
+def test_the_whole_benchmark(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl")
+    # Five processes would spend their time on imports; one is tested above.
+    monkeypatch.setattr(benchmark, "in_a_process", lambda *work: benchmark.growth(*work, 1))
+    small = ["--prompts", "5", "--vocabularies", "128", "--trained", "lora", "--layers", "1"]
+    rounds = ["--rounds", "1", "--step-rounds", "1", "--hidden", "32", "--group-size", "2"]
+    assert benchmark.main([*small, *rounds, "--out", str(tmp_path)]) == 0
+    (written,) = tmp_path.glob("*language-update.json")
+    (cell,) = json.loads(written.read_text())["cells"]
+    assert tuple(cell["updates"]) == peers.FORMS
+    assert max(cell["gaps"].values()) <= benchmark.TOLERANCE
+    assert all(value > 0 for value in cell["growth"].values())
+    assert written.with_suffix(".png").stat().st_size > 0
+    assert "shared_prompt over TRL" in capsys.readouterr().out
