@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from toy.run import ROOT, SMALLER, metrics_of, python, small_config, weights_of
 
-from mmrl.config import parse
+from mmrl.config import apply_overrides, parse, read_yaml
 from mmrl.runner import train
 
 RUNS = {
@@ -28,6 +29,35 @@ RUNS = {
     "whole": ("backend.model.lora=null", "optimizer.learning_rate=1e-4"),
 }
 RESUMED = "adapter"
+LANGUAGE = {
+    "text": (ROOT / "configs/text/tiny-qwen/grpo-arithmetic.yaml", "tiny-qwen"),
+    "vlm": (ROOT / "configs/vlm/tiny-qwen-vl/g2rpo-vas.yaml", "tiny-qwen-vl"),
+}
+SMALL_LANGUAGE = (
+    "training.num_steps=2",
+    "training.prompts_per_step=3",
+    "training.group_size=4",
+    "training.micro_batch_size=5",
+    "optimizer={learning_rate: 1e-4}",
+    "evaluation.max_prompts=1",
+    "evaluation.samples_per_prompt=1",
+    "checkpoint.every=1",
+    "tracking.trackers=[]",
+)
+
+
+def configurations(folder: Path) -> dict[str, dict]:
+    """By name, with all paths absolute."""
+    found = {name: small_config(folder / name, *SMALLER, *more) for name, more in RUNS.items()}
+    for name, (recipe, model) in LANGUAGE.items():
+        data = read_yaml(recipe)
+        absolute = (
+            f"output_dir={folder / name / 'run'}",
+            f"backend.model.path={ROOT / 'assets' / model}",
+            *(f"{part}.source={ROOT / data[part]['source']}" for part in ("prompts", "evaluation")),
+        )
+        found[name] = apply_overrides(data, [*absolute, *SMALL_LANGUAGE])
+    return found
 
 
 def sharding_accelerator(*args, **options):
@@ -47,13 +77,13 @@ def sharding_accelerator(*args, **options):
     return accelerator
 
 
-def main(folder: Path) -> None:
-    """Train each configuration of ``folder``; one loses its last checkpoint and resumes."""
+def main(folder: Path, names: list[str]) -> None:
+    """Train the named configurations of ``folder``; one loses its last checkpoint and resumes."""
     import mmrl.runner
 
     mmrl.runner.make_accelerator = sharding_accelerator
     PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
-    for name in RUNS:
+    for name in names:
         config = parse(yaml.safe_load((folder / name / "config.yaml").read_text()))
         AcceleratorState._reset_state()
         run = train(config)
@@ -67,21 +97,30 @@ def main(folder: Path) -> None:
             train(config, resume=True)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with, for each configuration: ``one`` process, and two (``unbroken``)."""
-    folder = tmp_path_factory.mktemp("sharded")
-    configs = {}
-    for name, options in RUNS.items():
-        (folder / name).mkdir()
-        configs[name] = small_config(folder / name, *SMALLER, *options)
-        (folder / name / "config.yaml").write_text(yaml.safe_dump(configs[name]))
-    done = python(Path(__file__).resolve(), folder, processes=2)
+def trained(folder: Path, names: Iterable[str]) -> Path:
+    """The folder with, for each name: ``one`` process, and two (``unbroken``)."""
+    configs = {name: found for name, found in configurations(folder).items() if name in names}
+    for name, config in configs.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+    done = python(Path(__file__).resolve(), folder, *names, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, config in configs.items():
         AcceleratorState._reset_state()
         train(parse({**config, "output_dir": str(folder / name / "one")}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("sharded"), RUNS)
+
+
+@pytest.fixture(scope="module", params=["text", pytest.param("vlm", marks=pytest.mark.slow)])
+def language(request, tmp_path_factory):
+    """The folder of one configuration of ``LANGUAGE``, and its name."""
+    name = request.param
+    return trained(tmp_path_factory.mktemp(name), [name]) / name, name
 
 
 def test_sharded_full_training_equals_one_process(runs):
@@ -99,6 +138,30 @@ def test_sharded_full_training_equals_one_process(runs):
         # other way changes the bytes of a JPEG, whose spread here is about one byte.
         rel = 1e-3 if a["step"] < 2 else 5e-2
         assert a == pytest.approx(b, rel=rel, abs=1e-5)
+
+
+def test_sharded_language_training_equals_one_process(language):
+    import transformers
+
+    folder, name = language
+    one, two = folder / "one", folder / "unbroken"
+    left, right = weights_of(one), weights_of(two)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        torch.testing.assert_close(right[key], value, rtol=1e-4, atol=5e-5, msg=key)
+        assert (right[key] - value).abs().mean() < 1e-5, key
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        absent = [{key for key, value in row.items() if value is None} for row in (a, b)]
+        assert absent[0] == absent[1], "rewards that no prompt of a step asked for"
+        a, b = ({k: v for k, v in row.items() if v is not None} for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    kind = {"text": "Qwen3ForCausalLM", "vlm": "Qwen3VLForConditionalGeneration"}[name]
+    network = getattr(transformers, kind).from_pretrained(two / "final")
+    expected = load_file(two / "checkpoint-2" / "weights.safetensors")
+    found = dict(network.named_parameters())
+    assert expected
+    for key, value in expected.items():
+        assert torch.equal(found[key.removeprefix("network.")], value), key
 
 
 def test_sharded_adapter_follows_one_process(runs):
@@ -163,4 +226,4 @@ def test_the_exported_adapter_is_the_average_and_loads_in_diffusers(runs):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

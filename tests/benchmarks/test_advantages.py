@@ -1,0 +1,58 @@
+"""The comparison of advantage estimators, from training to tables, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import advantages
+from benchmarks.advantages import TASKS
+from mmrl.errors import UserError
+
+SMALL = (
+    "training.prompts_per_step=6",
+    "training.group_size=4",
+    "training.micro_batch_size=12",
+    "evaluation.max_prompts=60",
+    "evaluation.samples_per_prompt=1",
+)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("advantages")
+    words = ["--estimators", "grpo", "g2rpo", "--seeds", "0", "--steps", "1", "--every", "1"]
+    words += ["--probes", "4", "--runs", str(folder / "runs"), "--out", str(folder), *SMALL]
+    assert advantages.main(words) == 0
+    (data,) = (json.loads(path.read_text()) for path in folder.glob("*-advantages.json"))
+    return data, next(folder.glob("*-advantages.md")).read_text()
+
+
+def test_runs_start_alike_and_are_judged_by_task(result):
+    data, _ = result
+    first = [run["points"][0]["scores"] for run in data["runs"]]
+    assert [run["estimator"] for run in data["runs"]] == ["grpo", "g2rpo"]
+    assert first[0] == first[1]
+    assert set(first[0]) >= set(TASKS)
+
+
+def test_shares_of_the_gradient(result):
+    data, _ = result
+    for record in data["gradient_shares"]:
+        shares = [record[task] for task in TASKS]
+        assert sum(shares) == pytest.approx(1)
+        assert min(shares) >= 0
+    grpo, g2rpo = ([r[t] for t in TASKS] for r in data["gradient_shares"])
+    assert grpo != g2rpo
+
+
+def test_tables(result):
+    _, text = result
+    assert "| before |" in text
+    assert text.count("| g2rpo |") == 2
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(UserError, match="unknown 'gspo'; allowed: grpo, gdpo"):
+        advantages.main(["--estimators", "gspo"])
