@@ -14,6 +14,7 @@ import torch
 from mmrl.errors import UserError
 from mmrl.resolve import resolve
 from mmrl.text.backend import TextBackend, autocast, room_for_prompts
+from mmrl.text.kernels import Heads, choose
 from mmrl.text.loading import known, load_network
 from mmrl.text.scoring import refuse_wrong_scores
 from mmrl.types import DTYPES, Prompt
@@ -43,18 +44,20 @@ def build(
     network = load_network(
         config, seed, device, loader=LOADER, vision=True, targets=module.LORA_TARGETS
     )
+    attention = choose(config, Heads.of(network), device)
     family = module.load(network)
     family.freeze_vision()
     limit = room_for_prompts(network, config)
     encoded = Prompts(prompts, config, processor, family, limit)
     with autocast(network, DTYPES[config.model.dtype]):
-        refuse_wrong_scores(network, config, next(iter(encoded.values())))
+        refuse_wrong_scores(network, config, next(iter(encoded.values())), attention.name)
     return TextBackend(
         config,
         network,
         processor.tokenizer,
         encoded,
         keeps_reference="logp_ref" in needs,
+        attention=attention,
         saved=processor,
         forbidden=family.forbidden(),
     )
