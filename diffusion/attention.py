@@ -8,28 +8,20 @@ SD3's blocks in diffusers call scaled_dot_product_attention directly and ignore
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmrl.errors import UserError
+from mmrl import attention
+from mmrl.attention import Availability
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value), each [B, heads, tokens, head size] -> the same shape."""
 
 PREFERENCE = ("xformers", "flash", "sdpa")
-
-
-class Availability(NamedTuple):
-    """Whether an attention kernel runs on a device, and if not, why."""
-
-    name: str
-    works: bool
-    reason: str
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -47,14 +39,8 @@ def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """memory_efficient_attention of xformers, whose layout is [B, tokens, heads, head size]."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it comments on its own build when first imported
-        from xformers.ops import (  # pyright: ignore[reportMissingImports] - Linux x86-64 only
-            memory_efficient_attention,
-        )
-
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return memory_efficient_attention(query, key, value).transpose(1, 2)
+    return attention.memory_efficient_attention()(query, key, value).transpose(1, 2)
 
 
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "xformers": xformers, "flash": flash}
@@ -69,32 +55,19 @@ def available_backends(
 
 def probe(name: str, device: torch.device, dtype: torch.dtype) -> Availability:
     """Try one kernel."""
-    if name != "sdpa" and device.type != "cuda":
-        return Availability(name, False, f"it needs a CUDA device, and this is {device.type!r}")
-    try:
+
+    def attempt() -> None:
         tokens = torch.randn(1, 1, 8, 64, device=device, dtype=dtype, requires_grad=True)
         KERNELS[name](tokens, tokens, tokens).sum().backward()
-    except Exception as error:  # a missing package, no operator for this device, a broken build
-        return Availability(name, False, f"{type(error).__name__}: {error}".split("\n", 1)[0])
-    return Availability(name, True, f"works on {device.type} in {str(dtype).split('.')[-1]}")
+
+    return attention.probe(name, attempt, device, dtype)
 
 
 def pick_attention(
     requested: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> Availability:
     """The kernel to use and why; ``UserError`` if the requested one does not run here."""
-    if requested == "auto":
-        if device.type != "cuda":
-            return Availability("sdpa", True, f"auto on {device.type}")
-        tried = (probe(name, device, dtype) for name in PREFERENCE)
-        return next(found for found in tried if found.works)
-    found = probe(requested, device, dtype)
-    if not found.works:
-        raise UserError(
-            f"model.attention = {requested!r} does not work here: {found.reason}; "
-            "allowed here: auto, sdpa"
-        )
-    return found
+    return attention.pick(requested, PREFERENCE, lambda name: probe(name, device, dtype), device)
 
 
 def apply_attention(transformer: Any, name: str) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from diffusion.attention import pick_attention
 from diffusion.config import Config, FlowMatchingConfig
 from diffusion.lora import LORA_FILE, adapter_size, teacher_folder, weights_folder
 from diffusion.models.base import locate, read_json, vae_scale_factor
 from diffusion.teachers import compare_with_runs
 from mmrl.adapters import add_lora
+from mmrl.attention import describe as describe_attention
 from mmrl.resolve import resolve
 from mmrl.types import DTYPES
 from mmrl.weights import trainable
@@ -62,6 +64,10 @@ def describe(config: Config) -> list[str]:
         f"trained: {sizes.trained:,} parameters ({how})",
         "latents: {} x {} x {}".format(*sizes.latents),
         f"rollout: {rollout.scheduler}, {rollout.num_steps} steps, guidance {rollout.guidance:g}",
+        describe_attention(
+            model.attention,
+            lambda device: pick_attention(model.attention, device, DTYPES[model.dtype]),
+        ),
         *describe_likelihood(config),
         *compare_with_runs(config),
     ]

@@ -131,10 +131,13 @@ def attention(device: str) -> Iterator[Check]:
     """Whether each attention kernel works on the device; a missing one is only a note."""
     import torch
 
-    from diffusion.attention import available_backends
+    from diffusion import attention as images
+    from mmrl.text import kernels as text
 
-    for name, works, reason in available_backends(torch.device(device)):
-        yield Check(f"attention {name} on {device}", "ok" if works else "note", reason or "works")
+    for kind, home in {"image": images, "text": text}.items():
+        for name, works, reason in home.available_backends(torch.device(device)):
+            topic = f"{kind} attention {name} on {device}"
+            yield Check(topic, "ok" if works else "note", reason or "works")
 
 
 def offline_ocr() -> Check:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmrl.errors import UserError
 from mmrl.resolve import resolve
 from mmrl.text.backend import TextBackend, autocast, room_for_prompts
+from mmrl.text.kernels import Heads, choose
 from mmrl.text.loading import known, load_network
 from mmrl.text.scoring import refuse_wrong_scores
 from mmrl.types import DTYPES, Prompt, RolloutGroup
@@ -64,6 +65,7 @@ def build(
     processor = load_processor(config.model.path)
     targets = kind.lora_targets(train_vision=config.model.train_vision)
     network = load_network(config, seed, device, loader=LOADER, vision=True, targets=targets)
+    attention = choose(config, Heads.of(network), device)
     if not config.model.train_vision:
         kind.freeze_vision(network)
     family = kind(network)
@@ -72,13 +74,14 @@ def build(
     _refuse_nothing_trained(config, kind.tower_of(network), encoded)
     family.keep_in_step(encoded.kinds)
     with autocast(network, DTYPES[config.model.dtype]):
-        refuse_wrong_scores(network, config, next(iter(encoded.values())))
+        refuse_wrong_scores(network, config, next(iter(encoded.values())), attention.name)
     return VisionBackend(
         config,
         network,
         processor.tokenizer,
         encoded,
         keeps_reference="logp_ref" in needs,
+        attention=attention,
         saved=processor,
         family=family,
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.adapters import ADAPTER, adapters_off
+from mmrl.attention import Availability
 from mmrl.errors import UserError
 from mmrl.noise import NoiseKey
 from mmrl.reduction import side_by_side, tallies
@@ -26,6 +27,7 @@ from mmrl.text.config import Config, RolloutConfig
 from mmrl.text.estimate import describe, estimate_memory
 from mmrl.text.generation import Completion, Settings, generate, statistics
 from mmrl.text.head import Scored
+from mmrl.text.kernels import Heads, choose
 from mmrl.text.layout import Encoded, Row
 from mmrl.text.loading import encode, end_tokens, load_network, load_tokenizer
 from mmrl.text.scoring import device_of, refuse_wrong_scores, score_rows
@@ -77,14 +79,17 @@ class TextBackend:
         prompts: Mapping[str, Encoded],
         *,
         keeps_reference: bool,
+        attention: Availability,
         saved: Any = None,
         forbidden: tuple[int, ...] = (),
     ) -> None:
-        """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``.  ``saved``: what goes
-        with the exported weights in place of the tokenizer.  ``forbidden``: ids never sampled.
+        """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``.  ``attention``: what
+        ``mmrl.text.kernels.choose`` says.  ``saved``: what goes with the exported weights in place
+        of the tokenizer.  ``forbidden``: ids never sampled.
         """
         self.config = config
-        self.notes = _notes(config)
+        self.attention = attention
+        self.notes = _notes(config, attention)
         self.model: nn.Module = Policy(network)
         self._network = network
         self._tokenizer = tokenizer
@@ -212,6 +217,7 @@ class TextBackend:
                     chunk=config.head_chunk,
                     with_entropy=with_entropy,
                     entropy_slope=entropy_slope,
+                    attention=self.attention.name,
                 )
             )
 
@@ -305,15 +311,24 @@ def build(
     """Load tokenizer and network, encode all ``prompts``.
 
     ``needs``: terms that ``evaluate`` will be asked for.  ``seed`` starts the adapter.
-    ``UserError`` for a model or a chat template that is missing, a prompt that is too long, or a
-    network that is scored otherwise than it samples.
+    ``UserError`` for a model or a chat template that is missing, a prompt that is too long, an
+    attention kernel that does not run on ``device``, or a network that is scored otherwise than it
+    samples.
     """
     tokenizer = load_tokenizer(config.model.path)
     network = load_network(config, seed, device)
+    attention = choose(config, Heads.of(network), device)
     encoded = encode(tokenizer, prompts, config.prompts, room_for_prompts(network, config))
     with autocast(network, DTYPES[config.model.dtype]):
-        refuse_wrong_scores(network, config, next(iter(encoded.values())))
-    return TextBackend(config, network, tokenizer, encoded, keeps_reference="logp_ref" in needs)
+        refuse_wrong_scores(network, config, next(iter(encoded.values())), attention.name)
+    return TextBackend(
+        config,
+        network,
+        tokenizer,
+        encoded,
+        keeps_reference="logp_ref" in needs,
+        attention=attention,
+    )
 
 
 def room_for_prompts(network: Any, config: Config) -> int:
@@ -338,8 +353,11 @@ def autocast(network: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
     return torch.autocast(device_of(network).type, dtype, enabled=half, cache_enabled=False)
 
 
-def _notes(config: Config) -> tuple[str, ...]:
-    notes = [f"update: {config.update}"]
+def _notes(config: Config, attention: Availability) -> tuple[str, ...]:
+    notes = [
+        f"update: {config.update}",
+        f"attention: {attention.name} ({attention.reason})",
+    ]
     if config.rollout.truncates:
         notes.append(
             f"rollout.top_k = {config.rollout.top_k}, top_p = {config.rollout.top_p}: samples come "

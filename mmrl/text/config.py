@@ -17,6 +17,11 @@ class ModelConfig(StrictModel):
     path: str = Field(
         description="Folder of a transformers causal language model, or a hub id.",
     )
+    attention: Literal["auto", "sdpa", "xformers", "flex", "flash"] = Field(
+        default="auto",
+        description="Attention kernel of the update, in CUDA; auto tries flash, then xformers, "
+        "then flex, then sdpa. Sampling and padded rows use sdpa.",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="bf16",
         description="Frozen weights and autocast; trained parameters are always fp32.",
@@ -136,6 +141,11 @@ class Config(StrictModel):
             raise UserError(
                 "rollout.temperature = 0 gives every sample of a group the same text; it is for "
                 "evaluation.temperature"
+            )
+        if self.update == "padded" and self.model.attention not in ("auto", "sdpa"):
+            raise UserError(
+                f"model.attention = {self.model.attention!r} needs rows without padding; with "
+                "update = 'padded' allowed: auto, sdpa"
             )
         return self
 

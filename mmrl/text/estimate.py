@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mmrl.adapters import add_lora
+from mmrl.attention import describe as describe_attention
 from mmrl.errors import UserError
 from mmrl.text.config import Config
+from mmrl.text.kernels import Heads, choose
 from mmrl.text.loading import LORA_TARGETS, known
 from mmrl.types import DTYPES
 from mmrl.weights import trainable
@@ -66,6 +68,9 @@ def describe(config: Config, parts: Parts = TEXT) -> list[str]:
         f"trained: {trained:,} parameters ({how})",
         f"rollout: at most {rollout.max_tokens} tokens, temperature {rollout.temperature:g}",
         f"update: {config.update}",
+        describe_attention(
+            model.attention, lambda device: choose(config, Heads.of(network), device)
+        ),
     ]
 
 

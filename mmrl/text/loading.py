@@ -72,7 +72,7 @@ def prepare(
     """Trained parameters in float32; with LoRA the others are frozen as they are."""
     network.eval()  # no dropout: a ratio compares the same function with itself
     if model.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_blocks(network)
     if model.lora is None:
         network.float().requires_grad_(True)
         return
@@ -81,6 +81,21 @@ def prepare(
         add_lora(network, model.lora, targets)
     for parameter in trainable(network).values():
         parameter.data = parameter.data.float()
+
+
+def _recompute_blocks(network: Any) -> None:
+    """Checkpoint every block.
+
+    transformers does so where a block is in training mode.  What is inside stays without dropout.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    before_renaming = network.gradient_checkpointing_enable
+    enable = getattr(network, "activation_checkpointing_enable", before_renaming)
+    enable({"use_reentrant": False})
+    for module in network.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def encode(

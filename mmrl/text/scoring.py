@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.errors import UserError
+from mmrl.text.attention import prepare
 from mmrl.text.config import Config
 from mmrl.text.head import Head, Scored, score
 from mmrl.text.layout import Encoded, Layout, Row, for_network, joined, lay_out
@@ -28,16 +29,21 @@ def score_rows(
     chunk: int,
     with_entropy: bool,
     entropy_slope: bool = True,
+    attention: str = "sdpa",
 ) -> Scored:
     """``logp`` and ``entropy`` [B, K = ``width``], 0 where a sample has no such token.
 
-    Without ``entropy_slope`` the entropy has no gradient.
+    Without ``entropy_slope`` the entropy has no gradient.  ``attention``: one of
+    ``mmrl.text.kernels``; padded rows attend by transformers' own sdpa.
     """
     layout = lay_out(rows, share_prompts=how == "shared_prompt").to(device_of(network))
-    states = padded_states(network, rows) if how == "padded" else packed_states(network, layout)
+    if how == "padded":
+        states = padded_states(network, rows)
+    else:
+        states = packed_states(network, layout, attention)[layout.before]
     found = score(
         _head_of(network),
-        states if how == "padded" else states[layout.before],
+        states,
         layout.targets,
         temperature=temperature,
         chunk=chunk,
@@ -49,16 +55,16 @@ def score_rows(
     return Scored(layout.unpack(found.logp, shape), entropy)
 
 
-def packed_states(network: Any, layout: Layout) -> Tensor:
-    """Hidden states [L, D] of a row of trees."""
-    # A mask of four dimensions is taken as it is; attention has the layout instead.
+def packed_states(network: Any, layout: Layout, attention: str) -> Tensor:
+    """Hidden states [L, D] of a row of trees, by a kernel of ``mmrl.text.kernels``."""
+    # A mask of four dimensions is taken as it is; the kernel has the layout instead.
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.tokens.device)
     out = network.base_model(
         input_ids=layout.tokens,
         position_ids=for_network(layout.positions),
         attention_mask=unused,
         use_cache=False,
-        layout=layout,
+        row_attention=prepare(attention, layout),
         **layout.inputs,
     )
     return out.last_hidden_state[0]
@@ -88,7 +94,7 @@ def padded_states(network: Any, rows: Sequence[Row]) -> Tensor:
     return torch.cat(parts)
 
 
-def refuse_wrong_scores(network: Any, config: Config, prompt: Encoded) -> None:
+def refuse_wrong_scores(network: Any, config: Config, prompt: Encoded, attention: str) -> None:
     """``UserError`` if tokens after a prompt score otherwise than by the network's own logits.
 
     Some architectures do more between hidden states and logits, or attend in ways of their own.
@@ -98,7 +104,14 @@ def refuse_wrong_scores(network: Any, config: Config, prompt: Encoded) -> None:
     try:
         with torch.no_grad():
             found = score_rows(
-                network, probe, 3, how=config.update, temperature=1.0, chunk=2, with_entropy=False
+                network,
+                probe,
+                3,
+                how=config.update,
+                temperature=1.0,
+                chunk=2,
+                with_entropy=False,
+                attention=attention,
             ).logp
             gap = max(
                 float((found[i, : len(row.completion)] - own_logp(network, row)).abs().max())

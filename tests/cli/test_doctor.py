@@ -56,10 +56,12 @@ def test_a_dtype_that_raises_is_left_out(monkeypatch):
 def test_attention_lines_follow_the_backend(monkeypatch):
     found = [("sdpa", True, ""), ("flash", False, "needs a CUDA device")]
     monkeypatch.setattr("diffusion.attention.available_backends", lambda device: found)
+    monkeypatch.setattr("mmrl.text.kernels.available_backends", lambda device: found[1:])
     checks = list(doctor.attention("cpu"))
-    assert [(c.status, c.detail) for c in checks] == [
-        ("ok", "works"),
-        ("note", "needs a CUDA device"),
+    assert [(c.topic, c.status, c.detail) for c in checks] == [
+        ("image attention sdpa on cpu", "ok", "works"),
+        ("image attention flash on cpu", "note", "needs a CUDA device"),
+        ("text attention flash on cpu", "note", "needs a CUDA device"),
     ]
 
 
@@ -100,4 +102,5 @@ def test_examine_covers_every_topic(monkeypatch):
     monkeypatch.setattr(doctor, "IMPORTS", {"json": "dumps"})
     topics = {check.topic for check in doctor.examine()}
     expected = {"python", "torch", "xformers", "device cpu", "dtypes on cpu", "ocr reward"}
-    assert expected | {"import json", "attention sdpa on cpu", "current folder"} <= topics
+    expected |= {f"{kind} attention sdpa on cpu" for kind in ("image", "text")}
+    assert expected | {"import json", "current folder"} <= topics

@@ -207,6 +207,26 @@ def test_a_window_that_is_too_short_is_refused():
         scores(model, "packed")
 
 
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+def test_checkpointing_recomputes_every_block_and_changes_nothing_else(folders, lora):
+    found = []
+    for recomputed in (False, True):
+        model = {"lora": lora, "gradient_checkpointing": recomputed}
+        backend = make_backend(folders["qwen3"], model=model)
+        groups = list(backend.rollout(make_requests()))
+        calls = []
+        for block in backend._network.base_model.layers:
+            block.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        logp = backend.evaluate(make_batch(backend, groups), frozenset({"logp"})).logp
+        logp.sum().backward()
+        assert len(calls) == (4 if recomputed else 2)
+        grads = torch.cat([p.grad.flatten() for p in trainable(backend.model).values()])
+        found.append(([group.payload.samples for group in groups], logp.detach(), grads))
+    assert found[0][0] == found[1][0]
+    for plain, recomputed in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", WAYS)
 def test_a_replay_is_bit_equal_and_the_reference_is_the_loaded_model(folders, how):
     backend = make_backend(folders["qwen3"], needs=("logp", "logp_ref"), update=how)
