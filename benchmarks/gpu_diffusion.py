@@ -13,10 +13,9 @@ here, is the floor that can be reached.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -39,7 +38,14 @@ from benchmarks.gpu_models import (
     requests_for,
     tokens_of,
 )
-from benchmarks.rates import count_flops, matmul_rate, seconds
+from benchmarks.rates import (
+    count_flops,
+    matmul_rate,
+    peak_rate,
+    timed,
+    within_memory,
+    working,
+)
 from diffusion.attention import available_backends
 from diffusion.backend import DiffusionBackend
 from diffusion.config import Config, FlowMatchingConfig
@@ -49,12 +55,8 @@ from mmrl.adapters import adapters_off
 from mmrl.config import RunConfig
 from mmrl.errors import UserError
 from mmrl.preflight import micro_batch_shape
-from mmrl.schema import nearest
 from mmrl.trainer import ANCHORED, needs_of
 from mmrl.types import RolloutGroup, UpdateBatch
-
-PEAK_BF16 = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
-"""Dense bf16 operations a second of NVIDIA's data sheets, by part of the device name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         compiled = None if options.compile_backend == "none" else options.compile_backend
-        variants = all_variants(_working(options.attention, device), compiled)
+        kernels = working(options.attention, available_backends(device))
+        variants = all_variants(kernels, compiled)
     except UserError as error:
         print(error)
         return 2
@@ -169,14 +172,8 @@ def try_variant(
     run: RunConfig, variant: Variant, size: Size, device: torch.device, repeats: int
 ) -> Measured:
     """Measure one variant; running out of memory is a result, not an error."""
-    try:
-        return measure(run, variant, size, device, repeats)
-    except torch.cuda.OutOfMemoryError:
-        return Measured(variant=variant, failed="out of memory")
-    finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    found = within_memory(lambda: measure(run, variant, size, device, repeats), device)
+    return found or Measured(variant=variant, failed="out of memory")
 
 
 def measure(
@@ -347,31 +344,6 @@ def count_row(size: Size, config: Config) -> tuple[int, int, int]:
 def rows_asked(size: Size, guidance: float) -> int:
     """Forwards of one row: two under guidance, unless it is an input of the network."""
     return 2 if guidance != 1.0 and not size.network.get("guidance_embeds", False) else 1
-
-
-def peak_rate(name: str | None) -> float | None:
-    """Data-sheet peak of a device, if it is known here."""
-    return next((rate for part, rate in PEAK_BF16.items() if name and part in name), None)
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What ``work()`` returns, and its wall time in seconds."""
-    results: list[Any] = []
-    time = seconds(lambda: results.append(work()), device)
-    return results[0], time
-
-
-def _working(names: Sequence[str] | None, device: torch.device) -> list[str]:
-    """Attention kernels to measure; ``UserError`` for a name that is none or does not run."""
-    found = available_backends(device)
-    known, works = [a.name for a in found], [a.name for a in found if a.works]
-    for name in names or []:
-        if name not in known:
-            raise UserError(f"--attention {name!r}: {nearest(name, known)}")
-        if name not in works:
-            reason = next(a.reason for a in found if a.name == name)
-            raise UserError(f"--attention {name!r} does not work here: {reason}")
-    return list(names or works)
 
 
 # Report

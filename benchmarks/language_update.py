@@ -280,11 +280,16 @@ def ratio_table(cells: Sequence[Cell]) -> str:
                 *_shape(cell),
                 *(faster(cell.updates, peer) for peer in peers),
                 *(faster(cell.steps, peer) for peer in peers),
-                *(f"{cell.growth[ours] / cell.growth[peer]:.2f}" for peer in peers),
+                *(_share(cell.growth[ours], cell.growth[peer]) for peer in peers),
             ]
             for cell in cells
         ],
     )
+
+
+def _share(part: float, whole: float) -> str:
+    """A dash where the whole fitted into memory that was held before."""
+    return tables.cell(part / whole if whole else None, ".2f")
 
 
 def update_table(cells: Sequence[Cell]) -> str:

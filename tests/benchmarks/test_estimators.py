@@ -14,7 +14,6 @@ SMALL = (
     "training.prompts_per_step=6",
     "training.group_size=4",
     "training.micro_batch_size=12",
-    "evaluation.max_prompts=60",
     "evaluation.samples_per_prompt=1",
 )
 
