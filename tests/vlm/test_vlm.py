@@ -227,6 +227,11 @@ def test_nothing_is_fetched_and_nothing_else_is_a_picture(entry):
         open_image(entry)
 
 
+def test_a_column_that_no_prompt_has(folders, prompts, family):
+    with pytest.raises(UserError, match=r"images.column = 'image'.* did you mean 'images'"):
+        make_backend(folders[family], family, prompts, images={"column": "image"})
+
+
 def test_an_image_that_is_not_there(folders, family):
     prompt = Prompt(id="x", text="go up", columns={"images": "nowhere.png"})
     with pytest.raises(UserError, match=r"'go up' names 'nowhere.png', which is no file"):
