@@ -135,8 +135,9 @@ TINY_TEXT = ENDLESS | {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,  # flex takes no narrower ones
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
@@ -144,7 +145,7 @@ SMALL: dict[str, Any] = {"completion": 6, "group": 4, "rank": 2, "matmul": (64, 
 TOY_TEXT = Size(
     name="a toy",
     kind="Qwen3Config",
-    network=TINY_TEXT | {"head_dim": 8},
+    network=TINY_TEXT,
     prompt=5,
     **SMALL,
 )
@@ -159,7 +160,7 @@ TOY_VL = Size(
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
+                "mrope_section": [2, 2, 4],
             }
         },
         "vision_config": {

@@ -1,16 +1,16 @@
 """Attention kernels over rows of trees: choice, refusals, and equality with sdpa.
 
-FlashAttention and xformers need CUDA, so here a dense loop stands in for their kernels and takes
-the very arguments that these would get; ``tests/gpu`` runs the kernels themselves.
+FlashAttention and xformers need CUDA, so here dense attention stands in for their kernels;
+``tests/gpu`` runs these.
 """
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from stand_ins import install
 from tiny_text import PROMPTS, make_backend, make_batch, make_config, make_requests, network
 
 from mmrl.attention import Availability, probe
@@ -49,50 +49,9 @@ LAYOUTS = {
 layouts = pytest.mark.parametrize("samples", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
-def dense(query, key, value, scale, queries, seen):
-    """[T, H, d]: each of the sequences alone, the last query at the last key it sees."""
-    copies = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
-    parts = []
-    for q, k, v in zip(query.split(queries), key.split(seen), value.split(seen), strict=True):
-        logits = torch.einsum("qhd,khd->hqk", q, k) * scale
-        after = torch.arange(len(k))[None] - len(k) > torch.arange(len(q))[:, None] - len(q)
-        weights = logits.masked_fill(after, -math.inf).softmax(-1)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(parts)
-
-
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Dense loops with the signatures of the kernels, and flex without its refusal."""
-
-    def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
-    ):
-        assert window_size == (-1, 0)
-        assert enable_gqa
-        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))
-        queries, seen = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
-        assert (max_q, max_k) == (max(queries), max(seen))
-        return dense(query, key, value, scale, queries, seen)
-
-    def memory_efficient_attention(query, key, value, attn_bias, scale):
-        assert query.shape[2] == key.shape[2] == value.shape[2], "it has no groups"
-        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        shape = (len(query), query.shape[2], query.shape[1], key.shape[1])
-        bias = attn_bias.materialize(shape, query.dtype)  # xformers' own reading of its mask
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return ((query @ key.mT * scale + bias).softmax(-1) @ value).transpose(1, 2)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr(
-        "mmrl.attention.memory_efficient_attention", lambda: memory_efficient_attention
-    )
-    # Its backward pass works without compilation, but torch promises none on a CPU.
-    flex = "torch.nn.attention.flex_attention"
-    monkeypatch.setattr(f"{flex}._validate_device", lambda *tensors: None)
-    monkeypatch.setattr(f"{flex}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    install(monkeypatch)
 
 
 def attended(name, samples, share, groups=2, dtype=torch.float32):

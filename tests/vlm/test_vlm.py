@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from stand_ins import install
 from tiny_text import make_batch, make_requests
 from tiny_vlm import VISION, make_backend, network, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmrl.attention import Availability
 from mmrl.card import usage
 from mmrl.errors import UserError
 from mmrl.text.layout import lay_out
@@ -63,6 +65,23 @@ def test_gradients_are_those_of_the_padded_form(folders, prompts, family, update
         live = trainable(backend.model).values()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in live]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("name", ["flash", "xformers", "flex"])
+def test_kernels_score_as_sdpa_does(folders, prompts, family, name, monkeypatch):
+    install(monkeypatch)
+    backend = make_backend(folders[family], family, prompts)
+    move(backend)
+    batch = make_batch(backend, list(backend.rollout(make_requests(prompts=prompts))))
+    found = []
+    for kernel in ("sdpa", name):
+        backend.attention = Availability(kernel, True, "a stand-in")
+        logp = backend.evaluate(batch, LOGP).logp
+        live = trainable(backend.model).values()
+        gradients = torch.autograd.grad(logp.sum(), list(live))
+        found.append((logp.detach(), torch.cat([slope.flatten() for slope in gradients])))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+    assert (found[1][1] - found[0][1]).norm() < 1e-5 * found[0][1].norm()
 
 
 def test_images_of_a_prompt_are_read_once_for_all_completions(folders, prompts, family):
