@@ -64,6 +64,12 @@ class PromptsConfig(StrictModel):
         description="columns that have another name in the files, or stand inside one: "
         "{prompt: problem, ground_truth: reward_model.ground_truth}; none may be empty",
     )
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Jinja template of every prompt's text, held-out ones too, or a file of one "
+        "(.jinja): `content` is the text as it stands in the source, other names are columns",
+    )
     sampler: PartField = Field(description="which prompts a step rolls out")
 
 

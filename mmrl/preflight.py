@@ -203,8 +203,8 @@ def gap_line(gaps: Sequence[float]) -> str:
 
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts, checked against what the run asks of them."""
-    keys = config.prompts.keys
-    training = load_prompts(config.prompts.source, "prompts.source", keys)
+    keys, template = config.prompts.keys, config.prompts.template
+    training = load_prompts(config.prompts.source, "prompts.source", keys, template)
     size = config.training
     count = size.prompts_per_step * (1 + size.refills)
     if count > len(training):
@@ -219,7 +219,7 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     refuse_unknown_tasks(config.rewards, training, "rewards")
     source, judges = config.evaluation.source, config.evaluation.rewards
     own = keys if config.evaluation.keys is None else config.evaluation.keys
-    evaluation = load_prompts(source, "evaluation.source", own) if source else []
+    evaluation = load_prompts(source, "evaluation.source", own, template) if source else []
     refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
     refuse_missing_columns(config.rewards, training, "rewards")
     refuse_missing_columns(judges, evaluation, "evaluation.rewards")

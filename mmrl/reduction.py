@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrl.errors import UserError, require
 from mmrl.schema import nearest
@@ -125,9 +125,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return where_active(values, mask).sum(dim=1, keepdim=True) / count
 
 
-def side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    """[K_b] tensors, of samples that differ in their decisions, as one [B, max K], 0 beyond."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+def side_by_side(rows: Sequence[Tensor], width: int | None = None) -> Tensor:
+    """[K_b] tensors, of samples that differ in their decisions, as one [B, width], 0 beyond.
+
+    ``width``: that of the longest, or another one, to which longer rows are cut.
+    """
+    found = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return found if width is None else nn.functional.pad(found, (0, width - found.shape[1]))
 
 
 def tallies(values: Mapping[str, Tensor], mask: Tensor, weights: Tensor) -> dict[str, Metric]:

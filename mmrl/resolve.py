@@ -33,6 +33,8 @@ KINDS: dict[str, str] = {
 }
 # A backend is a package: its ``config`` is read by every command, its ``backend`` only to run.
 BACKENDS: dict[str, str] = {"diffusion": "diffusion", "text": "mmrl.text", "vlm": "vlm"}
+MODELS, MODEL_KEY = ("models", "vision_models"), "backend.model.family"
+"""Kinds that this one key names; the names of others stand in sections of their own."""
 NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
 
 
@@ -52,7 +54,8 @@ def resolve(kind: str, name: str) -> ModuleType:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
     if "." in name:
         return _import_dotted(kind, name)
-    raise UserError(f"unknown name {name!r} among {kind}: {nearest(name, names(kind))}")
+    where = f"{MODEL_KEY}: " if kind in MODELS else ""
+    raise UserError(f"{where}unknown name {name!r} among {kind}: {nearest(name, names(kind))}")
 
 
 def callable_at(path: str) -> Any:

@@ -63,6 +63,9 @@ REFRESH_STREAM = -2
 evaluation has -1."""
 
 
+NUM_TOKENS = "num_tokens"
+"""Prompt and completion tokens of all samples, where samples have tokens."""
+
 Anchors = dict[tuple[int, int], Anchor]
 """By the key of a micro-batch's row; empty: the ratio is 1."""
 
@@ -90,7 +93,7 @@ class Trainer:
         """One rollout and its updates; returns what to log."""
         started, cpu_started = time.perf_counter(), time.process_time()
         means = Means()
-        refreshed = self._refresh()
+        refreshed = self._refresh(means)
         requests = self._requests()
         rolled, times = self._collect(requests, means)
         scores = self._penalised(rolled, assemble(rolled.scores), means)
@@ -150,18 +153,23 @@ class Trainer:
             spent["sampling/groups_trained"] = float(len(rolled.scores))
         return rolled, spent
 
-    def _refresh(self) -> dict[str, float]:
-        """Samples of every prompt, where the sampler wants them to score it; what they cost."""
+    def _refresh(self, means: Means) -> dict[str, float]:
+        """Samples of every prompt, where the sampler wants them to score it; what they cost.
+
+        Of what they report only the tokens count towards the step.
+        """
         sampler, step = self.config.prompts.sampler, self.progress.step
         count = due_refresh(sampler, step)
         if not count:
             return {}
         started, size = time.perf_counter(), self.config.training.prompts_per_step
+        spent = Means()
         for first in range(0, len(self.prompts), size):
             chosen = self.prompts[first : first + size]
             requests = make_requests(chosen, count, self.config.seed, REFRESH_STREAM - step)
-            groups = self._roll_out(requests, Means())
+            groups = self._roll_out(requests, spent)
             self._learn(groups, collect_scores(self.accelerator, self.scorer), requests)
+        means.add({name: value for name, value in spent.metrics.items() if name == NUM_TOKENS})
         return {
             "sampler/refresh_samples": float(count * len(self.prompts)),
             "time/refresh": time.perf_counter() - started,
@@ -360,9 +368,9 @@ class Trainer:
                     x for (_, start), x in anchors.items() if start == rows.decisions.start
                 )
                 found = [anchors.get(key, filler) for key in rows.keys]
-                # Of the rows of another batch, longer ones may have been side by side.
-                logps = reduction.side_by_side([anchor.logp for anchor in found])
-                logp_old = logps[:, : mask.shape[1]]
+                # Longer or shorter ones may have stood beside them than in this batch.
+                logps = [anchor.logp for anchor in found]
+                logp_old = reduction.side_by_side(logps, mask.shape[1])
                 memory = [anchor.memory for anchor in found]
             elif self._off_policy:
                 logp_old = _of_rollout(rows).to(device)
@@ -487,11 +495,11 @@ class Trainer:
 
     def _counted(self, values: dict[str, float]) -> dict[str, float]:
         """``num_tokens`` as TRL has it: all that the run has seen."""
-        if "num_tokens" not in values:
+        if NUM_TOKENS not in values:
             return values
-        seen = self.progress.num_tokens + int(values["num_tokens"])
+        seen = self.progress.num_tokens + int(values[NUM_TOKENS])
         self.progress = replace(self.progress, num_tokens=seen)
-        return values | {"num_tokens": float(seen)}
+        return values | {NUM_TOKENS: float(seen)}
 
 
 def needs_of(config: RunConfig) -> frozenset[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from mmrl.errors import UserError
-from mmrl.schema import StrictModel
+from mmrl.schema import StrictModel, nearest
 from mmrl.text import config as text
+from mmrl.types import Prompt
 
 
 class ModelConfig(text.ModelConfig):
@@ -100,3 +102,14 @@ class Config(text.Config):
     def image_column(self) -> str | None:
         """Where a prompt has its pictures."""
         return self.images.column
+
+    def refuse_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """``UserError`` for a column that somebody named and no prompt has."""
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        for section in (self.images, self.videos):
+            usual = type(section).model_fields["column"].default
+            if section.column != usual and section.column not in names:
+                raise UserError(
+                    f"backend.{section.SECTION}.column = {section.column!r}: no prompt has this "
+                    f"column; {nearest(section.column, names)}"
+                )

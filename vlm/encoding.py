@@ -31,8 +31,6 @@ class Prompts(Mapping[str, Encoded]):
     ) -> None:
         """``limit``: of tokens.  ``UserError`` for an image or a video that is not there."""
         self._prompts = {prompt.id: prompt for prompt in prompts}
-        images.refuse_absent(prompts, config.images)
-        images.refuse_absent(prompts, config.videos)
         for prompt in prompts:
             images.refuse_missing(prompt, config.images)
             videos.refuse_missing(prompt, config.videos)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from mmrl.errors import UserError
-from mmrl.schema import nearest
 from mmrl.types import Prompt
 from vlm.config import ImageConfig, VideoConfig
 
@@ -87,17 +86,6 @@ def refuse_no_file(entry: Any, prompt: Prompt, config: ImageConfig | VideoConfig
     if isinstance(entry, str) and not entry.startswith("data:") and not Path(entry).is_file():
         raise UserError(
             f"{place(prompt, config)} names {entry!r}, which is no file (from {Path.cwd()})"
-        )
-
-
-def refuse_absent(prompts: Sequence[Prompt], config: ImageConfig | VideoConfig) -> None:
-    """``UserError`` for a column that somebody named and no prompt has."""
-    names = sorted({name for prompt in prompts for name in prompt.columns})
-    usual = type(config).model_fields["column"].default
-    if config.column != usual and config.column not in names:
-        raise UserError(
-            f"{config.SECTION}.column = {config.column!r}: no prompt has this column; "
-            f"{nearest(config.column, names)}"
         )
 
 

@@ -21,6 +21,7 @@ from pydantic import BeforeValidator
 from mmrl.errors import UserError
 from mmrl.prompts._gym import PREFIX, gym_rows
 from mmrl.prompts._tables import KINDS, file_rows, hub_rows, is_hub_id
+from mmrl.prompts._template import Render, renderer
 from mmrl.schema import nearest
 from mmrl.types import TASK, Prompt
 
@@ -39,25 +40,32 @@ Source = Annotated[
 ]
 """One file, several one after another, or those of each task by its name."""
 
+TEMPLATE = "prompts.template"
 Keys = Mapping[str, str]
 """Where a column stands in the files: its name there, or a path with dots into one."""
 
 
-def load_prompts(source: Source, key: str, keys: Keys | None = None) -> list[Prompt]:
+def load_prompts(
+    source: Source, key: str, keys: Keys | None = None, template: str | None = None
+) -> list[Prompt]:
     """The prompts of a source in its order, duplicates removed.
 
     Where it names tasks, each prompt gets the name of its own in the column ``task``.  ``key`` is
     the configuration key that named the source; columns that ``keys`` names must be there and not
-    empty.  Raises ``UserError`` naming the file and the line where something is missing, empty or
-    malformed.
+    empty; ``template`` says in Jinja what becomes of a text.  Raises ``UserError`` naming the file
+    and the line where something is missing, empty or malformed.
     """
     keys = keys or {}
     if isinstance(source, dict):
-        tasks = {task: load_prompts(file, f"{key}.{task}", keys) for task, file in source.items()}
+        tasks = {
+            task: load_prompts(file, f"{key}.{task}", keys, template)
+            for task, file in source.items()
+        }
         prompts = [_of_task(p, task, key) for task, found in tasks.items() for p in found]
     else:
         paths = [source] if isinstance(source, Path) else source
-        prompts = [prompt for path in paths for prompt in _load(path, key, keys)]
+        render = renderer(template, TEMPLATE) if template is not None else None
+        prompts = [prompt for path in paths for prompt in _load(path, key, keys, render)]
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
@@ -73,10 +81,10 @@ def _of_task(prompt: Prompt, task: str, key: str) -> Prompt:
     return replace(prompt, id=name, columns=columns)
 
 
-def _load(path: Path, key: str, keys: Keys) -> list[Prompt]:
+def _load(path: Path, key: str, keys: Keys, render: Render | None) -> list[Prompt]:
     """Of one source; every record with the place that an error names."""
     records = _records(path, key)
-    prompts = [_prompt(_renamed(record, keys, where), where) for where, record in records]
+    prompts = [_prompt(_renamed(record, keys, where), where, render) for where, record in records]
     if not prompts:
         raise UserError(f"{key}: prompts file is empty: {path}")
     return prompts
@@ -152,7 +160,7 @@ def _at(record: Mapping[str, Any], path: str, where: str, column: str) -> Any:
     return found
 
 
-def _prompt(record: dict[str, Any], where: str) -> Prompt:
+def _prompt(record: dict[str, Any], where: str, render: Render | None) -> Prompt:
     columns = dict(record)
     said = columns.pop("prompt", None)
     messages = _conversation(said, where) if isinstance(said, list) else ()
@@ -161,11 +169,29 @@ def _prompt(record: dict[str, Any], where: str) -> Prompt:
         known = f"; its columns: {', '.join(columns)} (see `keys`)" if said is None else ""
         what = "a user's message with text" if messages else "a non-empty string"
         raise UserError(f"{where}: needs {what} under 'prompt', got {said!r:.200}{known}")
+    if render is not None:
+        text = _rendered(text, columns, messages, where, render)
     try:
         name = content_id(text, columns, messages)
     except TypeError as error:
         raise UserError(f"{where}: a column is of a kind that has no content: {error}") from None
     return Prompt(id=name, text=text, columns=columns, messages=messages)
+
+
+def _rendered(
+    text: str, columns: Mapping[str, Any], messages: Any, where: str, render: Render
+) -> str:
+    if messages:
+        raise UserError(
+            f"{where}: {TEMPLATE} is for prompts that are a text, and this has messages"
+        )
+    try:
+        found = render(text, columns)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not found.strip():
+        raise UserError(f"{where}: {TEMPLATE} makes an empty text of it")
+    return found
 
 
 def _conversation(messages: list[Any], where: str) -> tuple[dict[str, Any], ...]:

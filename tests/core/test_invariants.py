@@ -309,3 +309,10 @@ class TestReduction:
                 reduction.decision_weights(
                     self.mask, self.weights, "sample_sum_over_horizon", horizon
                 )
+
+
+def test_rows_side_by_side_get_any_width():
+    rows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
+    assert reduction.side_by_side(rows).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert reduction.side_by_side(rows, 2).tolist() == [[1, 2], [4, 0]]
+    assert reduction.side_by_side(rows, 4).tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]

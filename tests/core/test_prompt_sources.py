@@ -281,3 +281,52 @@ def test_tasks_that_no_process_can_repeat(gym, monkeypatch, task, hint):
 def test_a_fixed_hash_seed_makes_them_repeatable(gym, monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     assert len(load("reasoning_gym:ransom_note?size=2")) == 2
+
+
+# A template
+
+
+def with_template(path, template, **keys):
+    return load_prompts(path, "prompts.source", keys, template)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_template_writes_the_prompt_and_leaves_the_columns(tmp_path, as_file):
+    text = "{{ content | trim }} (of {{ tags | length }}) Think first."
+    if as_file:
+        (tmp_path / "a.jinja").write_text(text)
+    path = write(tmp_path / "a.jsonl", ROWS)
+    first, second = with_template(path, str(tmp_path / "a.jinja") if as_file else text)
+    assert first.text == "one and one (of 1) Think first."
+    assert second.text == "two and two (of 2) Think first."
+    assert first.columns == load(path)[0].columns
+    assert first.id != load(path)[0].id
+    assert with_template({"t": path}, "{{ content }}!")[0].text == "one and one!"
+
+
+def test_a_template_of_easyr1_with_its_columns(tmp_path):
+    path = write(tmp_path / "a.parquet", [EASYR1])
+    (prompt,) = with_template(path, "{{ content }} Use <think>.", prompt="problem")
+    assert prompt.text == "<image>How many? Use <think>."
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ content", "not a Jinja template"),
+        ("{{ contents }}", "'contents' is undefined; names in it may be: content, answer, tags"),
+        ("{% if answer == 2 %}{{ content }}{% endif %}", "makes an empty text"),
+        ("none.jinja", "No such file"),
+        ("{{ content.__class__.__mro__ }}", "prompts.template"),  # sandboxed
+    ],
+)
+def test_a_wrong_template_is_named(tmp_path, template, said):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"prompts\.template") as error:
+        with_template(path, template)
+    assert said in str(error.value)
+
+
+def test_a_template_is_for_texts(tmp_path):
+    with pytest.raises(UserError, match=r"row 1: prompts\.template is for prompts that are a text"):
+        with_template(write(tmp_path / "a.json", [VERL]), "{{ content }}")

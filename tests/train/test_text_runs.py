@@ -252,6 +252,14 @@ def test_sampling_by_variance_resumes_and_is_shared_out(model, tmp_path):
     close(whole, tmp_path / "two" / "run")
     # Two samples of each of four prompts, before steps 0 and 2.
     assert column(whole, "sampler/refresh_samples") == [8.0, 8.0]
+    # Steps 0 and 2 count the tokens of these passes too, at least a prompt and a token each.
+    steps = [row for row in metrics_of(whole) if "num_tokens" in row]
+    ends = [row["num_tokens"] for row in steps]
+    besides = [
+        end - start - row["num_samples"] * row["completions/mean_length"]
+        for row, start, end in zip(steps, [0, *ends], ends, strict=False)
+    ]
+    assert min(besides[0], besides[2]) > max(besides[1], besides[3]) + 8
     assert len(column(whole, "sampler/mean_score")) == 4
     progress = [
         json.loads((r / "checkpoint-4" / "progress.json").read_text()) for r in (whole, cut)

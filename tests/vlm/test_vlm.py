@@ -8,12 +8,13 @@ from PIL import Image
 from pydantic import ValidationError
 from stand_ins import install
 from tiny_text import make_batch, make_requests
-from tiny_vlm import VISION, make_backend, network, picture
+from tiny_vlm import VISION, make_backend, make_config, network, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmrl.attention import Availability
 from mmrl.card import usage
 from mmrl.errors import UserError
+from mmrl.resolve import resolve
 from mmrl.text.layout import lay_out
 from mmrl.types import Prompt
 from mmrl.weights import trainable
@@ -247,8 +248,18 @@ def test_nothing_is_fetched_and_nothing_else_is_a_picture(entry):
 
 
 def test_a_column_that_no_prompt_has(folders, prompts, family):
+    config = make_config(folders[family], family, images={"column": "image"})
     with pytest.raises(UserError, match=r"images.column = 'image'.* did you mean 'images'"):
-        make_backend(folders[family], family, prompts, images={"column": "image"})
+        config.refuse_prompts(prompts)
+    config = make_config(folders[family], family, videos={"column": "films"})
+    with pytest.raises(UserError, match=r"videos.column = 'films': no prompt has this column"):
+        config.refuse_prompts(prompts)
+    make_config(folders[family], family).refuse_prompts([Prompt(id="", text="no pictures")])
+
+
+def test_an_unknown_family_is_named_with_its_key():
+    with pytest.raises(UserError, match=r"backend.model.family: unknown name 'qwen3_v'.*qwen3_vl"):
+        resolve("vision_models", "qwen3_v")
 
 
 def test_an_image_that_is_not_there(folders, family):
