@@ -19,6 +19,8 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from test_sharded import averages
+from test_text_runs import config as text_config
+from test_text_runs import save_model
 from test_tiny_sd3_runs import small_config
 from toy.run import column, metrics_of, toy_config, weights_of
 
@@ -64,6 +66,8 @@ LAUNCHED: dict[str, dict[str, dict[str, str]]] = {
         # What `accelerate config` proposes.
         "toy": {"ZERO3_INIT": "true"},
         "whole-offloaded": {**OPTIMIZER, "OFFLOAD_PARAM_DEVICE": "cpu"},
+        # Processes with completions of other lengths must make as many forwards.
+        "text": {},
         "toy-offloaded": {**OPTIMIZER, "OFFLOAD_PARAM_DEVICE": "cpu"},
     },
 }
@@ -121,6 +125,10 @@ def plain(folder: Path) -> None:
 def configuration(folder: Path, name: str) -> dict:
     """One of ``MODELS``, or a toy whose third update has gradients that are not finite."""
     folder.mkdir(parents=True)
+    if kind(name) == "text":
+        model = save_model(folder / "model", "qwen3")
+        small = ("training.num_steps=2", "optimizer.learning_rate=1e-4")
+        return text_config(model, folder, "backend.model.lora=null", *small)
     if kind(name) in MODELS:
         prompts = folder / "prompts.jsonl"  # few, as all are encoded
         lines = (ROOT / "assets" / "prompts" / "ocr-train.jsonl").read_text().splitlines()
@@ -146,7 +154,7 @@ def runs(tmp_path_factory):
             (folder / launcher / name / "launch.json").write_text(json.dumps(changes))
     for launcher in LAUNCHED:
         launch(launcher, folder)
-    for name in ("whole", "toy"):
+    for name in ("whole", "toy", "text"):
         AcceleratorState._reset_state()
         train(parse(configuration(folder / "one" / name, name)))
     return folder
@@ -190,6 +198,14 @@ def test_full_training_equals_one_process(runs, launcher, name):
     assert_equal(one, two, rtol=1e-4, atol=2e-5)
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+@needs_deepspeed
+def test_a_text_model_samples_and_trains_as_one_process_does(runs):
+    one, two = runs / "one" / "text" / "run", runs / "zero3" / "text" / "unbroken"
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert_equal(one, two, rtol=1e-4, atol=2e-5)  # as of a whole image model
 
 
 @needs_deepspeed
