@@ -166,7 +166,7 @@ def run_job(stage: str, settings: RunConfig, budget: float) -> Job:
 
 def folder_of(method: str, seed: int, options: argparse.Namespace) -> Path:
     """Where the stages are trained: apart for each budget, as a stage starts from those before."""
-    return options.runs.resolve() / f"{options.budget:g}s" / f"{method}-seed{seed}"
+    return options.runs / f"{options.budget:g}s" / f"{method}-seed{seed}"
 
 
 def _shared(options: argparse.Namespace) -> tuple[str, ...]:
