@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import core_oracles as oracle
+import estimator_oracles
 import pytest
 import text_oracles
 
@@ -36,6 +37,8 @@ CHECKS = {
     "mmrl.advantages.g2rpo": text_oracles.check_g2rpo,
     "mmrl.advantages._transport": text_oracles.check_transport,
     "mmrl.advantages._groups": oracle.check_groups,
+    "mmrl.advantages._risk": estimator_oracles.check_risk_interface,
+    "mmrl.advantages.risk": estimator_oracles.check_risk_estimator,
     "mmrl.modulators.clip": oracle.check_clip,
     "mmrl.modulators.drop_zero": oracle.check_drop_zero,
     "mmrl.modulators.optimality": oracle.check_optimality,
