@@ -95,16 +95,17 @@ def task_numbers(scores: Scores) -> Tensor:
 def advantages_with_metrics(values: Tensor, scores: Scores, groups: GroupStatistics) -> Advantages:
     """Advantages that keep every valid sample, with the metrics common to group estimators.
 
-    Those of ``spread_metrics``; ``advantage/abs_mean`` and ``advantage/max`` (of the absolute
-    value): over valid samples.
+    Those of ``spread_metrics``, and of ``size_metrics`` over valid samples.
     """
-    size = values[scores.valid].abs()
-    metrics = {
-        **spread_metrics(groups),
-        "advantage/abs_mean": _mean(size),
-        "advantage/max": float(size.max()) if len(size) else 0.0,
-    }
+    metrics = {**spread_metrics(groups), **size_metrics(values[scores.valid])}
     return Advantages(values=values, keep=scores.valid, metrics=metrics)
+
+
+def size_metrics(kept: Tensor) -> dict[str, float]:
+    """``advantage/abs_mean`` and ``advantage/max`` of the absolute values that are kept."""
+    size = kept.abs()
+    largest = float(size.max()) if len(size) else 0.0
+    return {"advantage/abs_mean": _mean(size), "advantage/max": largest}
 
 
 def spread_metrics(groups: GroupStatistics) -> dict[str, float]:

@@ -236,7 +236,30 @@ def _weights(rewards: Tensor, weights: Tensor | None) -> Tensor:
     return torch.full_like(rewards, 1 / rewards.shape[-1]) if weights is None else weights
 
 
-class RiskConfig(StrictModel):
+class LevelsConfig(StrictModel):
+    """Two levels of the law of rewards, and how much more the tail below the lower one counts."""
+
+    alpha: float = Field(default=0.2, gt=0, lt=1, description="Lower level (RiskPO: 0.2).")
+    beta: float = Field(
+        default=0.8, gt=0, lt=1, description="Upper level, above alpha (RiskPO: 0.8, also 0.9)."
+    )
+    omega: float = Field(default=1.5, ge=0, description="Weight of the tail (RiskPO: 1.5).")
+
+    @field_validator("beta")
+    @classmethod
+    def _above_alpha(cls, value: float, info: ValidationInfo) -> float:
+        alpha = info.data.get("alpha", 0.0)
+        if not value > alpha:
+            raise ValueError(f"should be greater than alpha, {alpha:g}")
+        return value
+
+    @property
+    def levels(self) -> Tensor:
+        """[2] float64."""
+        return torch.tensor([self.alpha, self.beta], dtype=torch.float64)
+
+
+class RiskConfig(LevelsConfig):
     """A functional by its name and numbers."""
 
     measure: Name = Field(
@@ -245,11 +268,6 @@ class RiskConfig(StrictModel):
         "and beta. mixed_var: (omega cvar + rvar) / (omega + 1). pass_at_k: mean of the best of k. "
         "entropic: log E exp(rate R) / rate. mean_variance: mean less penalty times variance.",
     )
-    alpha: float = Field(default=0.2, gt=0, lt=1, description="Lower level (RiskPO: 0.2).")
-    beta: float = Field(
-        default=0.8, gt=0, lt=1, description="Upper level, above alpha (RiskPO: 0.8)."
-    )
-    omega: float = Field(default=1.5, ge=0, description="Weight of cvar (RiskPO: 1.5).")
     k: int = Field(default=4, ge=1, description="Draws of pass_at_k; 1: the mean.")
     rate: float = Field(
         default=-1.0,
@@ -262,14 +280,6 @@ class RiskConfig(StrictModel):
     tail: Literal["lower", "upper"] = Field(
         default="lower", description="upper: -rho(-R), so that cvar is the mean of the best alpha."
     )
-
-    @field_validator("beta")
-    @classmethod
-    def _above_alpha(cls, value: float, info: ValidationInfo) -> float:
-        alpha = info.data.get("alpha", 0.0)
-        if not value > alpha:
-            raise ValueError(f"should be greater than alpha, {alpha:g}")
-        return value
 
     def functional(self) -> Risk:
         """The functional that these settings name."""

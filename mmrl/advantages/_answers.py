@@ -1,0 +1,27 @@
+"""How much the answers of a group differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl.advantages._groups import rows_of_groups
+from mmrl.types import Scores
+
+Unparsed = Literal["one", "distinct"]
+"""Whether samples without an answer count as one answer, or each as one of its own."""
+
+
+def answer_entropy(scores: Scores, unparsed: Unparsed) -> Tensor:
+    """[M] entropy of the answers of the valid samples of each group, in nats."""
+    answers, found = scores.need("answer"), []
+    for rows in rows_of_groups(scores):
+        given = [answers[i] for i in rows.tolist()]
+        if unparsed == "distinct":
+            given = [i if answer is None else answer for i, answer in enumerate(given)]
+        counts = torch.tensor(list(Counter(given).values()), dtype=torch.float64)
+        found.append(torch.special.entr(counts / max(len(given), 1)).sum())
+    return torch.stack(found)
