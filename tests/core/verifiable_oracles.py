@@ -630,7 +630,8 @@ def check_adora(module: ModuleType) -> None:
         for seed in range(12):
             scores = adora_scores(seed)
             config = module.Config(rule=rule, combine=combine, hard_rate=0.4)
-            given = replace(some_advantages(), values=torch.randn(13).double(), keep=scores.valid)
+            values = torch.linspace(-2, 3, 13, dtype=torch.float64)
+            given = replace(some_advantages(), values=values, keep=scores.valid)
             given = replace(given, values=given.values * scores.valid)
             result = module.modulate(given, scores, config)
             rewards, weights = scores.combined.tolist(), {}
