@@ -73,13 +73,14 @@ def modulate(advantages: Advantages, scores: Scores, config: Config) -> Advantag
     """Weighted advantages; metric ``adora/weight``, its mean over prompts with a scored sample."""
     rewards = scores.combined if config.reward is None else scores.by_name[config.reward]
     scored = scores.valid & rewards.isfinite()
-    identities, member = torch.unique(scores.group, return_inverse=True)
-    weight = torch.ones(len(identities), dtype=torch.float64)
-    for number in member[scored].unique().tolist():
-        weight[number] = weight_of(scores, rewards, scored & (member == number), config)
-    mean = weight[member[scored].unique()].mean() if bool(scored.any()) else torch.ones(())
-    metrics = {**advantages.metrics, "adora/weight": float(mean)}
-    return replace(advantages, values=advantages.values * weight[member], metrics=metrics)
+    factor, found = torch.ones_like(advantages.values), list[float]()
+    groups: list[int] = scores.group[scored].tolist()
+    for group in sorted(set(groups)):
+        mine = scores.group == group
+        found.append(weight_of(scores, rewards, scored & mine, config))
+        factor[mine] = found[-1]
+    metrics = {**advantages.metrics, "adora/weight": sum(found) / len(found) if found else 1.0}
+    return replace(advantages, values=advantages.values * factor, metrics=metrics)
 
 
 def weight_of(scores: Scores, rewards: Tensor, mine: Tensor, config: Config) -> float:
