@@ -74,8 +74,7 @@ def modulate(advantages: Advantages, scores: Scores, config: Config) -> Advantag
     rewards = scores.combined if config.reward is None else scores.by_name[config.reward]
     scored = scores.valid & rewards.isfinite()
     factor, found = torch.ones_like(advantages.values), list[float]()
-    groups: list[int] = scores.group[scored].tolist()
-    for group in sorted(set(groups)):
+    for group in sorted({int(each) for each in scores.group[scored]}):
         mine = scores.group == group
         found.append(weight_of(scores, rewards, scored & mine, config))
         factor[mine] = found[-1]
