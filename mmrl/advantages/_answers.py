@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Literal
 
@@ -13,6 +14,18 @@ from mmrl.types import Scores
 
 Unparsed = Literal["one", "distinct"]
 """Whether samples without an answer count as one answer, or each as one of its own."""
+
+PUBLISHED_ENTROPY, PUBLISHED_GROUP = 1.5, 6
+
+
+def even_entropy(count: Tensor, threshold: float | None) -> Tensor:
+    """[M] ``threshold``, or without one COPO's 1.5 log(n) / log(6) for groups of ``count`` [M].
+
+    In nats; 0 for a group of one or none.
+    """
+    if threshold is not None:
+        return torch.full_like(count, threshold)
+    return PUBLISHED_ENTROPY * count.clamp(min=1).log() / math.log(PUBLISHED_GROUP)
 
 
 def answer_entropy(scores: Scores, unparsed: Unparsed) -> Tensor:

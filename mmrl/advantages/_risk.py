@@ -28,9 +28,12 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from mmrl.advantages._groups import others
 from mmrl.schema import StrictModel
 
 Name = Literal["mean", "cvar", "rvar", "mixed_var", "pass_at_k", "entropic", "mean_variance"]
+
+Baseline = Literal["none", "mean", "leave_one_out"]
 
 
 class Risk(Protocol):
@@ -234,6 +237,17 @@ def _steps(values: Tensor) -> Tensor:
 
 def _weights(rewards: Tensor, weights: Tensor | None) -> Tensor:
     return torch.full_like(rewards, 1 / rewards.shape[-1]) if weights is None else weights
+
+
+def credit(risk: Risk, rewards: Tensor, baseline: Baseline) -> Tensor:
+    """[n] influence of each of n rewards on ``risk``, before a mean is taken off."""
+    if baseline != "leave_one_out":
+        return risk.advantage(rewards, rewards)
+    if len(rewards) < 2 or bool(rewards.min() == rewards.max()):
+        return torch.zeros_like(rewards)
+    law = others(rewards)
+    own = risk.advantage(rewards[:, None], law)[:, 0]
+    return own - risk.advantage(law, law).mean(1)
 
 
 class LevelsConfig(StrictModel):

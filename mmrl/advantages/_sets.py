@@ -18,6 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmrl.errors import UserError
+from mmrl.types import Scores
+
 Name = Literal["max", "distinct", "facility_location", "log_det"]
 
 
@@ -82,6 +85,26 @@ READS: dict[Name, frozenset[str]] = {
     "log_det": frozenset({"features"}),
 }
 """Facts about samples that each needs."""
+
+
+def pool(scores: Scores, rows: Tensor, name: Name, success: float) -> Pool:
+    """The samples at ``rows`` as the named function reads them.
+
+    Raises:
+        UserError: a reward below 0, where rewards weigh features.
+    """
+    rewards, read = scores.combined[rows], READS[name]
+    if "features" in read and bool((rewards < 0).any()):
+        raise UserError(
+            f"advantage.function: {name!r} weighs samples by reward, and one is "
+            f"{float(rewards.min()):g}; allowed: rewards of 0 or more"
+        )
+    return Pool(
+        rewards=rewards,
+        answers=[scores.need("answer")[i] for i in rows.tolist()] if "answer" in read else (),
+        kernel=cosines(scores.need("features")[rows]) if "features" in read else None,
+        success=success,
+    )
 
 
 def leave_one_out(function: Callable[[Pool, Sequence[int]], float], pool: Pool) -> Tensor:

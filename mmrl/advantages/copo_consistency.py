@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from mmrl.advantages import group
-from mmrl.advantages._answers import Unparsed, answer_entropy
+from mmrl.advantages._answers import Unparsed, answer_entropy, even_entropy
 from mmrl.advantages._groups import advantages_with_metrics, group_statistics
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
@@ -34,7 +33,6 @@ PAPER = "Han et al. 2025, arXiv:2508.04138"
 EVIDENCE = "paper"
 MIN_GROUP_SIZE = 2
 LEARNS_FROM_EQUAL_REWARDS = True
-PUBLISHED_THRESHOLD, PUBLISHED_GROUP = 1.5, 6
 
 
 class Config(StrictModel):
@@ -43,8 +41,8 @@ class Config(StrictModel):
     sharpness: float = Field(default=20.0, ge=0, description="gamma, per nat (published: 20).")
     threshold: float | None = Field(
         default=None,
-        description="Entropy of answers at which both parts weigh the same, in nats, below the "
-        "log of the group size (published: 1.5 for groups of 6); null: 1.5 log(G) / log(6).",
+        description="Entropy of answers at which both parts weigh the same, in nats, below log(G) "
+        "(published: 1.5 for G = 6); null: 1.5 log(G) / log(6).",
     )
     unparsed: Unparsed = Field(
         default="one",
@@ -69,23 +67,21 @@ def estimate(
     """
     groups = group_statistics(scores)
     used = groups.count > 0
-    means = Scores(
-        combined=groups.mean, group=torch.zeros_like(used, dtype=torch.int64), valid=used
-    )
+    one = torch.zeros_like(used, dtype=torch.int64)
+    means = Scores(combined=groups.mean, group=one, valid=used)
     options = group.Config(deviation="group", ddof=1, eps=config.eps)
     local = group.normalized(scores, groups, options)
     between = group.normalized(means, group_statistics(means), options)[groups.member]
     entropy = answer_entropy(scores, config.unparsed)
-    share = torch.sigmoid(config.sharpness * (entropy - threshold(groups.count, config)))
+    even = even_entropy(groups.count, config.threshold)
+    share = torch.sigmoid(config.sharpness * (entropy - even))
     blend = share[groups.member]
     values = torch.where(scores.valid, blend * local + (1 - blend) * between, 0.0)
     result = advantages_with_metrics(values, scores, groups)
     divisor = max(int(used.sum()), 1)
-    own = {
-        "copo/entropy": float(entropy.sum()) / divisor,
-        "copo/local": float(share[used].sum()) / divisor,
-    }
-    return replace(result, metrics={**result.metrics, **own}), state
+    own = {"copo/entropy": entropy[used], "copo/local": share[used]}
+    means_of = {name: float(value.sum()) / divisor for name, value in own.items()}
+    return replace(result, metrics={**result.metrics, **means_of}), state
 
 
 def refuse(config: Config, num_groups: int, group_size: int) -> None:
@@ -97,10 +93,3 @@ def refuse(config: Config, num_groups: int, group_size: int) -> None:
             f"{math.log(group_size):.3g}, the entropy of a group without two equal answers, so "
             "that its own advantages would count for nothing; null rescales the published 1.5"
         )
-
-
-def threshold(count: Tensor, config: Config) -> Tensor:
-    """[M] entropy in nats at which both parts weigh the same, for groups of ``count`` [M]."""
-    if config.threshold is not None:
-        return torch.full_like(count, config.threshold)
-    return PUBLISHED_THRESHOLD * count.clamp(min=1).log() / math.log(PUBLISHED_GROUP)

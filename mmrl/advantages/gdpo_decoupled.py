@@ -56,7 +56,7 @@ class Config(per_reward.Config):
         "per_reward.",
     )
     only_if: dict[str, Ruling] = Field(
-        default={}, description="By label of a reward: which other one it depends on."
+        default={}, description="What a reward depends on, by label."
     )
 
 
@@ -104,6 +104,5 @@ def ruled(by_name: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     found = dict(by_name)
     for name, ruling in config.only_if.items():
         ruler = by_name[ruling.reward]
-        counts = torch.where(ruler.isnan(), ruler, (ruler >= ruling.least).to(ruler))
-        found[name] = by_name[name] * counts
+        found[name] = torch.where(ruler.isnan(), ruler, by_name[name] * (ruler >= ruling.least))
     return found

@@ -21,22 +21,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from mmrl.advantages._groups import (
-    advantages_with_metrics,
-    group_statistics,
-    others,
-    rows_of_groups,
-)
-from mmrl.advantages._risk import Risk, RiskConfig
+from mmrl.advantages._groups import advantages_with_metrics, group_statistics, rows_of_groups
+from mmrl.advantages._risk import Baseline, RiskConfig, credit
 from mmrl.errors import UserError
 from mmrl.types import Advantages, Scores
 
 PAPER = "Ren et al. 2025, arXiv:2510.00911"
 EVIDENCE = "reconstructed"
 MIN_GROUP_SIZE = 2
-Baseline = Literal["none", "mean", "leave_one_out"]
 
 
 class Config(RiskConfig):
@@ -64,8 +57,7 @@ def estimate(
     """
     groups, law, risk = group_statistics(scores), scores, config.functional()
     if config.scope == "batch":
-        everyone = torch.zeros_like(scores.group)
-        law = replace(scores, combined=groups.centred, group=everyone)
+        law = replace(scores, combined=groups.centred, group=torch.zeros_like(scores.group))
     values, found = torch.zeros_like(scores.combined), []
     for rows in filter(len, rows_of_groups(law)):
         rewards = law.combined[rows]
@@ -74,19 +66,8 @@ def estimate(
     if config.baseline == "mean":
         values = group_statistics(replace(law, combined=values)).centred
     result = advantages_with_metrics(values, scores, groups)
-    mean = sum(found) / max(len(found), 1)
-    return replace(result, metrics={**result.metrics, "risk/value": mean}), state
-
-
-def credit(risk: Risk, rewards: Tensor, baseline: Baseline) -> Tensor:
-    """[n] influence of each of n rewards on ``risk``, before a mean is taken off."""
-    if baseline != "leave_one_out":
-        return risk.advantage(rewards, rewards)
-    if len(rewards) < 2 or bool(rewards.min() == rewards.max()):
-        return torch.zeros_like(rewards)
-    law = others(rewards)
-    own = risk.advantage(rewards[:, None], law)[:, 0]
-    return own - risk.advantage(law, law).mean(1)
+    own = {"risk/value": sum(found) / max(len(found), 1)}
+    return replace(result, metrics={**result.metrics, **own}), state
 
 
 def refuse(config: Config, num_groups: int, group_size: int) -> None:

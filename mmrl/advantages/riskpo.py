@@ -40,27 +40,22 @@ class Config(LevelsConfig):
     """Bundles, and what becomes of the advantage of a paper."""
 
     bundle_size: int = Field(default=5, ge=1, description="Questions of a bundle (published: 5).")
-    form: Form = Field(
-        default="code", description="As released, over the deviation of the bundle, or as printed."
-    )
+    form: Form = Field(default="code", description="As released, or as printed in the paper.")
     natural_baseline: bool = Field(
         default=True,
-        description="Of form code. true: no advantage is above 0. false: none of a paper above the "
-        "lower quantile is below 0.",
+        description="Of form code. true: none is above 0. false: none above q_lo is below 0.",
     )
     quantiles: Quantiles = Field(
         default="run",
-        description="run: followed over the run. bundle: of the papers of the bundle. mix: the "
-        "mean of both.",
+        description="Followed over the run, of the bundle alone, or the mean of both.",
     )
     quantile_rate: float = Field(
         default=0.1, ge=0, description="Step of the followed quantiles, in units of score."
     )
     credit: Credit = Field(
         default="uniform",
-        description="To each rollout of a paper: uniform: its advantage. std: over the deviation "
-        "of the question. score: a half of it where the reward is above 0, else 1.5. sum_mean: a "
-        "share by reward less the mean of the question.",
+        description="Of a rollout. uniform: that of its paper. std: over the question's deviation. "
+        "score: a half where it earned something, else 1.5. sum_mean: a share by centred reward.",
     )
 
 
@@ -79,15 +74,14 @@ def estimate(
         return advantages_with_metrics(torch.zeros_like(scores.combined), scores, groups), state
     marks = rewards.sum(1)
     state = state or first_state(marks, config.levels)
-    thresholds = judging(marks, found.bundle, config.levels, config.quantiles, state)
-    values = FORMS[config.form](marks, found.bundle, thresholds, config, config.natural_baseline)
-    question = groups.member[found.member]
-    credit = credited(
-        values, rewards, groups.centred[found.member], groups.deviation(1)[question], config.credit
-    )
+    judges = judging(marks, found.bundle, config.levels, config.quantiles, state)
+    values = FORMS[config.form](marks, found.bundle, judges, config, config.natural_baseline)
+    spread = groups.deviation(1)[groups.member]
+    of_question = (groups.centred[found.member], spread[found.member])
+    credit = credited(values, rewards, *of_question, config.credit)
     result = advantages_with_metrics(found.spread(credit, len(scores.combined)), scores, groups)
-    low, high = thresholds.mean(0).tolist()
-    own = {"riskpo/low": low, "riskpo/high": high, "riskpo/papers": float(len(marks))}
+    own = {"riskpo/papers": float(len(marks))}
+    own |= zip(("riskpo/low", "riskpo/high"), judges.mean(0).tolist(), strict=True)
     state = followed(marks, config.levels, config.quantile_rate, state)
     return replace(result, metrics={**result.metrics, **own}), state
 
@@ -98,5 +92,5 @@ def refuse(config: Config, num_groups: int, group_size: int) -> None:
     if num_groups % config.bundle_size:
         raise UserError(
             f"advantage.bundle_size: {config.bundle_size} does not divide the {num_groups} prompts "
-            "of a step (training.prompts_per_step), so that some would never be trained on"
+            "of a step (training.prompts_per_step); some would never be trained on"
         )

@@ -23,7 +23,6 @@ from pydantic import Field
 
 from mmrl.advantages import _sets, group, leave_one_out
 from mmrl.advantages._groups import advantages_with_metrics, group_statistics, rows_of_groups
-from mmrl.errors import UserError
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
@@ -72,7 +71,7 @@ def estimate(
     values, found = torch.zeros_like(scores.combined), []
     function = _sets.FUNCTIONS[config.function]
     for rows in filter(len, rows_of_groups(scores)):
-        pool = _pool(scores, rows, config)
+        pool = _sets.pool(scores, rows, config.function, config.success)
         values[rows] = _sets.leave_one_out(function, pool)
         found.append(function(pool, range(len(rows))))
     if config.reward_weight:
@@ -84,19 +83,3 @@ def estimate(
     result = advantages_with_metrics(values, scores, group_statistics(scores))
     worth = sum(found) / max(len(found), 1)
     return replace(result, metrics={**result.metrics, "subpo/value": worth}), state
-
-
-def _pool(scores: Scores, rows: torch.Tensor, config: Config) -> _sets.Pool:
-    """The valid samples of a group, at ``rows``."""
-    rewards, read = scores.combined[rows], reads(config)
-    if "features" in read and bool((rewards < 0).any()):
-        raise UserError(
-            f"advantage.function: {config.function!r} weighs samples by reward, and one is "
-            f"{float(rewards.min()):g}; allowed: rewards of 0 or more"
-        )
-    return _sets.Pool(
-        rewards=rewards,
-        answers=[scores.need("answer")[i] for i in rows.tolist()] if "answer" in read else (),
-        kernel=_sets.cosines(scores.need("features")[rows]) if "features" in read else None,
-        success=config.success,
-    )

@@ -17,7 +17,6 @@ With 5 to 8 samples the criteria flip from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -30,13 +29,6 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Ren et al. 2026, arXiv:2602.10019"
 EVIDENCE = "code"
-
-COMBINE: dict[str, Callable[[bool, bool], bool]] = {
-    "and": lambda longer, hard: longer and hard,
-    "or": lambda longer, hard: longer or hard,
-    "length": lambda longer, hard: longer,
-    "difficulty": lambda longer, hard: hard,
-}
 
 
 class Config(StrictModel):
@@ -91,6 +83,7 @@ def weight_of(scores: Scores, rewards: Tensor, mine: Tensor, config: Config) -> 
     longer = some and not none and bool(length[success].max() > length[failure].mean())
     if config.rule == "paper":
         hard = float(success.sum()) / float(mine.sum()) <= config.hard_rate
-        return config.high if COMBINE[config.combine](longer, hard) else 1.0
+        found = {"and": longer and hard, "or": longer or hard, "length": longer, "difficulty": hard}
+        return config.high if found[config.combine] else 1.0
     helps = longer or (not some if config.rule == "vlm" else some and none)
     return 1.0 if helps else config.low

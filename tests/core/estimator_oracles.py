@@ -87,6 +87,7 @@ def check_risk_interface(module: ModuleType) -> None:
             tested = module.Mirrored(risk) if mirrored else risk
             check_risk(tested, name, rewards, sign)
     check_piecewise(module)
+    check_credit(module)
     check_risk_names(module)
 
 
@@ -145,6 +146,24 @@ def check_piecewise(module: ModuleType) -> None:
     close(top.value(float64([0, 1, 2, 3])), 2.5)
 
 
+def check_credit(module: ModuleType) -> None:
+    risk = module.Entropic(-2.0)
+    close(module.credit(risk, float64(LAW), "none"), [influence(x, LAW) for x in LAW])
+    close(module.credit(risk, float64(LAW), "mean"), [influence(x, LAW) for x in LAW])
+    expected = []
+    for i, x in enumerate(LAW):
+        rest = [r for j, r in enumerate(LAW) if j != i]
+        expected.append(influence(x, rest) - statistics.fmean(influence(r, rest) for r in rest))
+    close(module.credit(risk, float64(LAW), "leave_one_out"), expected)
+    for flat in ([0.3], [0.1] * 3):
+        assert not module.credit(risk, float64(flat), "leave_one_out").any()
+
+
+def influence(x: float, law) -> float:
+    """Of the entropic functional with the rate -2."""
+    return math.exp(-2 * x) / statistics.fmean(math.exp(-2 * r) for r in law) / -2
+
+
 def check_risk_names(module: ModuleType) -> None:
     numbers = {"alpha": 0.25, "beta": 0.8, "omega": 1.5, "k": 3, "rate": -2.0, "penalty": 0.4}
     for name, risk in risks(module).items():
@@ -201,9 +220,6 @@ def law_rows(scores: Scores, scope: str) -> dict[int, dict[int, float]]:
 
 def expected_entropic(scores: Scores, scope: str, baseline: str) -> list[float]:
     values = [0.0] * 13
-
-    def influence(x: float, law: list[float]) -> float:
-        return math.exp(-2 * x) / statistics.fmean(math.exp(-2 * r) for r in law) / -2
 
     for law in law_rows(scores, scope).values():
         whole = list(law.values())

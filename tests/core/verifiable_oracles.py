@@ -342,6 +342,10 @@ def check_answers(module: ModuleType) -> None:
     scores = random_scores()
     for unparsed in ("one", "distinct"):
         close(module.answer_entropy(scores, unparsed), list(entropies(scores, unparsed).values()))
+    counts = float64([0, 1, 4, 6, 9])
+    scaled = [1.5 * math.log(max(n, 1)) / math.log(6) for n in (0, 1, 4, 6, 9)]
+    close(module.even_entropy(counts, None), scaled)
+    close(module.even_entropy(counts, 0.7), [0.7] * 5)
     scores = replace(scores, answer=[None] * 13)
     close(module.answer_entropy(scores, "one"), [0.0] * 4)
     sizes = [len(rows) for rows in rows_by_group(scores).values()]
@@ -536,6 +540,7 @@ def check_sets(module: ModuleType) -> None:
         whole = expected_worth(name, range(5), kernel)
         without = [expected_worth(name, [j for j in range(5) if j != i], kernel) for i in range(5)]
         close(module.leave_one_out(function, pool), [whole - rest for rest in without], 1e-10)
+    check_pool(module)
     reads = {name: set(facts) for name, facts in module.READS.items()}
     space = {"features"}
     assert reads == {
@@ -544,6 +549,21 @@ def check_sets(module: ModuleType) -> None:
         "facility_location": space,
         "log_det": space,
     }
+
+
+def check_pool(module: ModuleType) -> None:
+    scores, rows = random_scores(), torch.tensor([3, 6, 10])  # all of reward 0.1
+    plain = module.pool(scores, rows, "max", 0.25)
+    close(plain.rewards, [0.1] * 3)
+    assert (plain.answers, plain.kernel, plain.success) == ((), None, 0.25)
+    assert module.pool(scores, rows, "distinct", 0.25).answers == [None, "7", None]
+    space = module.pool(scores, rows, "log_det", 0.25)
+    close(space.kernel, module.cosines(scores.features[rows]).tolist())
+    zero = replace(scores, combined=torch.zeros(13).double())
+    module.pool(zero, rows, "facility_location", 0.5)
+    with pytest.raises(UserError, match=r"'log_det' weighs samples by reward, and one is -0\.1"):
+        module.pool(replace(scores, combined=-scores.combined), rows, "log_det", 0.5)
+    module.pool(replace(scores, combined=-scores.combined), rows, "max", 0.5)
 
 
 def check_subpo(module: ModuleType) -> None:
