@@ -134,6 +134,10 @@ def test_scores_check_their_facts():
             ["advantage={name: riskpo, bundle_size: 2}", "training.refills=1"],
             "refills: 1 leaves out groups .* from which advantage 'riskpo' learns",
         ),
+        (
+            ["advantage=gp_loo", "training.refills=1"],
+            "refills: 1 leaves out groups .* from which advantage 'gp_loo' learns",
+        ),
         (["advantage={name: riskpo}"], "bundle_size: 5 does not divide the 4 prompts"),
         (
             ["advantage={name: risk, measure: pass_at_k, k: 6}"],
