@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import kl_in_reward
+from mmrl import facts, kl_in_reward
 from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
 from mmrl.prompts.dataset import load_prompts
@@ -43,6 +43,8 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_unreached_lengths(config)
     refuse_ignored_weights(config)
     refuse_misread_advantages(config)
+    refuse_missing_facts(config)
+    refuse_contradictions(config)
     samples = training.prompts_per_step * training.group_size
     if training.updates_per_epoch > samples:
         raise UserError(
@@ -93,6 +95,56 @@ def refuse_misread_advantages(config: RunConfig) -> None:
 def makes_probabilities(part: Part) -> bool:
     """Whether a modulator's values are probabilities, where 0 means bad."""
     return getattr(part.module, "MAKES_PROBABILITIES", False)
+
+
+def refuse_missing_facts(config: RunConfig) -> None:
+    """``UserError`` if an estimator or a modulator reads of samples what nothing finds out."""
+    labels = [spec.label for spec in config.rewards]
+    for where, part in _estimating(config):
+        missing = sorted(facts.reads(part) - facts.found_in(config))
+        if missing == ["answer"]:
+            raise UserError(
+                f"{where}: {part.name!r} compares answers, and no reward says where they stand; "
+                "add one that does, such as {name: exact_match, where: boxed, weight: 0}"
+            )
+        if missing:
+            raise UserError(
+                f"{where}: {part.name!r} reads {', '.join(missing)} of the samples, which nothing "
+                f"finds out yet; there are {', '.join(sorted(facts.found_in(config)))}"
+            )
+        label = getattr(part.config, "reward", None)
+        if label is not None and label not in labels:
+            raise UserError(f"{where}.reward: no reward {label!r}; {nearest(label, labels)}")
+
+
+def refuse_contradictions(config: RunConfig) -> None:
+    """``UserError`` for an estimator or a modulator that undoes, or is undone by, something else.
+
+    A module says what it is: ``RECENTRES`` (a modulator after which advantages have mean 0),
+    ``LEARNS_FROM_EQUAL_REWARDS`` (an estimator), ``refuse(config, num_groups, group_size)``.
+    """
+    advantage, training = config.advantage, config.training
+    if training.refills and getattr(advantage.module, "LEARNS_FROM_EQUAL_REWARDS", False):
+        raise UserError(
+            f"training.refills: {training.refills} leaves out groups whose samples all earned the "
+            f"same, from which advantage {advantage.name!r} learns; allowed with it: 0"
+        )
+    kept = [part for part in config.modulators if not makes_probabilities(part)]
+    for i, part in enumerate(kept[:-1]):
+        if getattr(part.module, "RECENTRES", False):
+            raise UserError(
+                f"modulators[{i}]: {part.name!r} gives advantages mean 0, which "
+                f"{kept[i + 1].name!r} after it takes away again; put it last"
+            )
+    refuse = getattr(advantage.module, "refuse", None)
+    if refuse is not None:
+        refuse(advantage.config, training.prompts_per_step, training.group_size)
+
+
+def _estimating(config: RunConfig) -> list[tuple[str, Part]]:
+    """The estimator and the modulators, with where they stand in the file."""
+    modulators = [(f"modulators[{i}]", part) for i, part in enumerate(config.modulators)]
+    return [("advantage", config.advantage), *modulators]
 
 
 def refuse_split_samples(config: RunConfig) -> None:

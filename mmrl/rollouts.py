@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from mmrl import facts
 from mmrl.backend import Backend
 from mmrl.config import Part
 from mmrl.distributed import agree_or_raise, deal, gather_items, owner
 from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.types import Outcome, Prompt, RolloutGroup, RolloutRequest, Scores
-from rewards.combine import GroupScores, Scorer
+from rewards.combine import GroupScores, RewardSpec, Scorer
 
 
 def make_requests(
@@ -83,6 +84,35 @@ def assemble(collected: Sequence[GroupScores]) -> Scores:
         by_name={name: torch.cat([scores.by_name[name] for scores in collected]) for name in names},
         task=[scores.task for scores in collected for _ in range(len(scores.combined))],
     )
+
+
+def with_facts(
+    scores: Scores,
+    accelerator: Accelerator,
+    rolled: Trainable,
+    names: frozenset[str],
+    specs: Sequence[RewardSpec],
+) -> Scores:
+    """``scores`` of all processes with the facts in ``names``, each found where its group is.
+
+    Raises:
+        UserError: the samples have no such fact.
+    """
+    if not names:
+        return scores
+    rank = accelerator.process_index
+    mine: list[tuple[int, dict[str, Any]]] = []
+    error: Exception | None = None
+    try:
+        for group in rolled.groups:
+            index = group.request.index
+            if rolled.owners[index] == rank:
+                mine.append((index, facts.of_group(group, names, specs)))
+    except UserError as refusal:
+        error = refusal
+    agree_or_raise(accelerator, error)
+    found = sorted(gather_items(accelerator, mine), key=lambda pair: pair[0])
+    return replace(scores, **facts.joined([part for _, part in found]))
 
 
 def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float]:

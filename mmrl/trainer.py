@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmrl import kl_in_reward, reduction
+from mmrl import facts, kl_in_reward, reduction
 from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig
@@ -41,6 +41,7 @@ from mmrl.rollouts import (
     sampler_metrics,
     summary,
     trainable_groups,
+    with_facts,
 )
 from mmrl.types import (
     Advantages,
@@ -96,7 +97,7 @@ class Trainer:
         refreshed = self._refresh(means)
         requests = self._requests()
         rolled, times = self._collect(requests, means)
-        scores = self._penalised(rolled, assemble(rolled.scores), means)
+        scores = self._penalised(rolled, self._scores(rolled), means)
         advantages = self._advantages(scores, rolled.scores)
         if self.observe is not None:
             self.observe(rolled, advantages)
@@ -221,6 +222,10 @@ class Trainer:
         )
         self.progress = replace(self.progress, sampler=state)
         return make_requests(chosen, training.group_size, seed, step)
+
+    def _scores(self, rolled: Trainable) -> Scores:
+        names, scores = facts.read_by(self.config), assemble(rolled.scores)
+        return with_facts(scores, self.accelerator, rolled, names, self.config.rewards)
 
     def _penalised(self, rolled: Trainable, scores: Scores, means: Means) -> Scores:
         """``scores``, less the divergence from the reference where the run has it in the reward."""

@@ -88,7 +88,8 @@ class RolloutGroup:
     backend needs to evaluate the samples again; opaque to everybody else.  ``logp_old`` [G, K]:
     log-probabilities under the sampling policy where the sampler knows them, else ``None``.
     ``mask`` [G, K] bool: decisions that exist and are trained.  ``everything`` [G, K] bool: those
-    that exist, or ``None`` where all are trained.  ``metrics``: what is logged of them.
+    that exist, or ``None`` where all are trained.  ``truncated`` [G] bool: samples that were cut
+    off before they ended, or ``None`` where none was.  ``metrics``: what is logged of them.
     """
 
     request: RolloutRequest
@@ -97,6 +98,7 @@ class RolloutGroup:
     mask: Tensor
     logp_old: Tensor | None = None
     everything: Tensor | None = None
+    truncated: Tensor | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     @property
@@ -115,6 +117,9 @@ class RolloutGroup:
         if self.everything is not None:
             _check(self.everything, "everything", 2, torch.bool)
             require(self.everything.shape == self.mask.shape, "everything and mask differ in shape")
+        if self.truncated is not None:
+            _check(self.truncated, "truncated", 1, torch.bool)
+            require(len(self.truncated) == size, f"truncated has {len(self.truncated)} values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +145,12 @@ class Scores:
     each reward, NaN where it did not apply or failed.  ``group`` [N] int64: index of the group of
     each sample.  ``valid`` [N] bool: samples that carry a usable reward.  ``task``: that of the
     prompt of each sample, length N; empty: all are of one.
+
+    Facts, each there only where a part ``reads`` it: ``length`` [N] int64: decisions that exist.
+    ``truncated`` [N] bool: cut off before its end.  ``answer``: of each sample its final answer in
+    one spelling, ``None`` where it has none, length N.  ``features`` [N, D] float64: a point that
+    says what the sample is like.  ``score_norm`` [N] float64: squared norm of the gradient of its
+    log-probability, summed over its decisions.
     """
 
     combined: Tensor
@@ -147,6 +158,11 @@ class Scores:
     valid: Tensor
     by_name: Mapping[str, Tensor] = field(default_factory=dict)
     task: Sequence[str] = ()
+    length: Tensor | None = None
+    truncated: Tensor | None = None
+    answer: Sequence[str | None] | None = None
+    features: Tensor | None = None
+    score_norm: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self.combined, "combined", 1, torch.float64)
@@ -159,6 +175,30 @@ class Scores:
         require(
             bool(torch.isfinite(self.combined[self.valid]).all()), "a valid reward is not finite"
         )
+        for name in FACTS:
+            value = getattr(self, name)
+            if value is not None:
+                require(len(value) == size, f"{len(value)} values of {name} for {size} samples")
+        for name, (rank, dtype) in FACT_TENSORS.items():
+            if getattr(self, name) is not None:
+                _check(getattr(self, name), name, rank, dtype)
+
+    def need(self, name: str) -> Any:
+        """The named fact; ``ValueError`` if nobody found it out."""
+        value = getattr(self, name)
+        require(value is not None, f"nobody found out {name!r} of the samples")
+        return value
+
+
+FACT_TENSORS = {
+    "length": (1, torch.int64),
+    "truncated": (1, torch.bool),
+    "features": (2, torch.float64),
+    "score_norm": (1, torch.float64),
+}
+"""Facts about samples that are tensors: rank and dtype."""
+FACTS = ("answer", *FACT_TENSORS)
+"""What ``Scores`` may know of samples beside their rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,14 @@ class AnswerConfig(StrictModel):
         """Columns without which nothing is scored."""
         return (self.target,)
 
+    def canonical(self, output: Any) -> str | None:
+        """The answer of a completion in one spelling: that of a number, else without case."""
+        found = extract(text_of(output), self.where, self.tag)
+        value = None if found is None else number(found)
+        if found is None or value is None:
+            return found and " ".join(found.split()).casefold()
+        return f"{value:.12g}"
+
 
 def scores(
     config: AnswerConfig,

@@ -13,7 +13,15 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rewards._answers import AnswerConfig, choice, number, scores, target_text
+from rewards._answers import (
+    AnswerConfig,
+    choice,
+    extract,
+    number,
+    scores,
+    target_text,
+    text_of,
+)
 
 PAPER = ""
 
@@ -30,6 +38,13 @@ class Config(AnswerConfig):
     tolerance: float = Field(
         default=1e-6, ge=0, description="numeric: allowed difference over max(1, |target|)"
     )
+
+    def canonical(self, output: Any) -> str | None:
+        """The answer in one spelling; of an option its letter."""
+        if self.mode != "choice":
+            return super().canonical(output)
+        found = extract(text_of(output), self.where, self.tag)
+        return None if found is None else choice(found)
 
 
 def build(config: Config) -> Callable[..., Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,13 +16,15 @@ class GroupStatistics:
     """Statistics over the valid samples of M groups.
 
     ``member`` [N] int64: position of the group of each sample.  ``count`` [M] float64: number of
-    valid samples.  ``centred`` [N] float64: reward minus the mean of its group; exactly 0 in a
-    ``flat`` group and at invalid samples.  ``squares`` [M] float64: sum of squares of ``centred``.
-    ``flat`` [M] bool: groups without two different valid rewards.
+    valid samples.  ``mean`` [M] float64: of their rewards, 0 where there are none.  ``centred`` [N]
+    float64: reward minus the mean of its group; exactly 0 in a ``flat`` group and at invalid
+    samples.  ``squares`` [M] float64: sum of squares of ``centred``.  ``flat`` [M] bool: groups
+    without two different valid rewards.
     """
 
     member: Tensor
     count: Tensor
+    mean: Tensor
     centred: Tensor
     squares: Tensor
     flat: Tensor
@@ -47,7 +49,32 @@ def group_statistics(scores: Scores) -> GroupStatistics:
     flat = highest <= per_group(scores.combined, "amin", math.inf)
     centred = torch.where(valid & ~flat[member], scores.combined - mean[member], 0.0)
     squares = per_group(centred.square(), "sum", 0.0)
-    return GroupStatistics(member=member, count=count, centred=centred, squares=squares, flat=flat)
+    return GroupStatistics(
+        member=member, count=count, mean=mean, centred=centred, squares=squares, flat=flat
+    )
+
+
+def rows_of_groups(scores: Scores) -> list[Tensor]:
+    """Positions of the valid samples of each group, groups in ascending order of their numbers."""
+    identities, member = torch.unique(scores.group, return_inverse=True)
+    rows = scores.valid.nonzero()[:, 0]
+    order = rows[member[rows].argsort(stable=True)]
+    sizes = torch.bincount(member[rows], minlength=len(identities))
+    return list(order.split(sizes.tolist()))
+
+
+def others(values: Tensor) -> Tensor:
+    """[n, n - 1]: for each of n values all the others, in order."""
+    size = len(values)
+    return values.expand(size, size)[~torch.eye(size, dtype=torch.bool)].view(size, size - 1)
+
+
+def one_reward(scores: Scores, label: str) -> Scores:
+    """The same samples scored by one reward, valid where it is a number."""
+    reward = scores.by_name[label]
+    applies = torch.isfinite(reward)
+    combined = torch.where(applies, reward, 0.0)
+    return replace(scores, combined=combined, valid=applies, by_name={})
 
 
 def global_deviation(scores: Scores, ddof: int) -> Tensor:
@@ -68,16 +95,17 @@ def task_numbers(scores: Scores) -> Tensor:
 def advantages_with_metrics(values: Tensor, scores: Scores, groups: GroupStatistics) -> Advantages:
     """Advantages that keep every valid sample, with the metrics common to group estimators.
 
-    Those of ``spread_metrics``; ``advantage/abs_mean`` and ``advantage/max`` (of the absolute
-    value): over valid samples.
+    Those of ``spread_metrics``, and of ``size_metrics`` over valid samples.
     """
-    size = values[scores.valid].abs()
-    metrics = {
-        **spread_metrics(groups),
-        "advantage/abs_mean": _mean(size),
-        "advantage/max": float(size.max()) if len(size) else 0.0,
-    }
+    metrics = {**spread_metrics(groups), **size_metrics(values[scores.valid])}
     return Advantages(values=values, keep=scores.valid, metrics=metrics)
+
+
+def size_metrics(kept: Tensor) -> dict[str, float]:
+    """``advantage/abs_mean`` and ``advantage/max`` of the absolute values that are kept."""
+    size = kept.abs()
+    largest = float(size.max()) if len(size) else 0.0
+    return {"advantage/abs_mean": _mean(size), "advantage/max": largest}
 
 
 def spread_metrics(groups: GroupStatistics) -> dict[str, float]:

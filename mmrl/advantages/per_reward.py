@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from mmrl.advantages import group
-from mmrl.advantages._groups import advantages_with_metrics, group_statistics
+from mmrl.advantages._groups import advantages_with_metrics, group_statistics, one_reward
 from mmrl.errors import UserError
 from mmrl.schema import nearest
 from mmrl.types import Advantages, Scores
@@ -54,7 +53,7 @@ def estimate(
     for label, weight in reward_weights(config, scores.by_name).items():
         if weight == 0:
             continue
-        alone = _alone(scores, scores.by_name[label])
+        alone = one_reward(scores, label)
         values += weight * group.normalized(alone, group_statistics(alone), config)
         total += weight * alone.combined
         keep |= alone.valid
@@ -77,9 +76,3 @@ def reward_weights(config: Config, labels: Iterable[str]) -> dict[str, float]:
         if label not in config.weights:
             raise UserError(f"advantage.weights: no weight for reward {label!r}; 0 only logs it")
     return dict(config.weights)
-
-
-def _alone(scores: Scores, reward: Tensor) -> Scores:
-    """The same samples scored by one reward, valid where it is a number."""
-    applies = torch.isfinite(reward)
-    return Scores(combined=torch.where(applies, reward, 0.0), group=scores.group, valid=applies)

@@ -161,6 +161,7 @@ class TextBackend:
             payload=Completions(prompt=prompt, samples=samples),
             mask=everything & ~dropped,
             everything=everything,
+            truncated=~finished,
             metrics=statistics(samples, len(prompt.ids)),
         )
 

@@ -93,7 +93,7 @@ def fit(module: ModuleType, batch: UpdateBatch) -> UpdateBatch:
 def random_scores(seed: int = 0) -> Scores:
     """Ragged, interleaved groups 7, 2, 9, 4; group 9 is flat, 4 has one valid sample of two.
 
-    Reward ``a`` applies to every valid sample, ``b`` to some of them only.
+    Reward ``a`` applies to every valid sample, ``b`` to some of them only.  All facts are known.
     """
     group = torch.tensor([7, 2, 7, 9, 2, 7, 9, 4, 2, 7, 9, 4, 7])
     valid = torch.ones(13, dtype=torch.bool)
@@ -108,7 +108,26 @@ def random_scores(seed: int = 0) -> Scores:
         "a": torch.where(valid, combined, nan),
         "b": torch.where(some, torch.randn(13, dtype=torch.float64, generator=draw), nan),
     }
-    return Scores(combined=combined, group=group, valid=valid, by_name=by_name)
+    return Scores(
+        combined=combined,
+        group=group,
+        valid=valid,
+        by_name=by_name,
+        length=torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]),
+        truncated=torch.tensor([0, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1], dtype=torch.bool),
+        answer=["7", "a", "7", None, "b", "8", "7", "7", "a", "8", None, "9", None],
+        features=torch.randn(13, 4, dtype=torch.float64, generator=draw),
+        score_norm=torch.rand(13, dtype=torch.float64, generator=draw),
+    )
+
+
+def fit_scores(module: ModuleType, scores: Scores) -> Scores:
+    """``scores`` with rewards as the estimator wants them, by its ``REWARDS``."""
+    kind = getattr(module, "REWARDS", "real")
+    if kind == "real":
+        return scores
+    unit = (scores.combined > scores.combined.median()).double()
+    return replace(scores, combined=torch.where(scores.valid, unit, 0.0))
 
 
 def close(actual, expected, tolerance: float = 1e-12) -> None:
@@ -541,11 +560,13 @@ def check_groups(module: ModuleType) -> None:
     rewards = [found for _, found in sorted(rewards_by_group(scores).items())]
     assert groups.flat.tolist() == [False, True, False, True]  # groups 2, 4, 7, 9
     close(groups.count, [len(found) for found in rewards])
+    close(groups.mean, [statistics.fmean(found) for found in rewards])
     close(groups.centred, centred(scores))
     everything = [reward for found in rewards for reward in found]
     for ddof in (0, 1):
         close(groups.deviation(ddof), [deviation(found, ddof) for found in rewards])
         close(module.global_deviation(scores, ddof), deviation(everything, ddof))
+    check_rows(module, scores)
     assert module.task_numbers(scores).tolist() == [0] * 13
     tasks = ["b", "a", "", "b"] * 3 + ["a"]
     assert module.task_numbers(replace(scores, task=tasks)).tolist() == [2, 1, 0, 2] * 3 + [1]
@@ -557,6 +578,16 @@ def check_groups(module: ModuleType) -> None:
     close(out.metrics["frac_reward_zero_std"], 0.5)
     close(out.metrics["advantage/abs_mean"], statistics.fmean(sizes))
     close(out.metrics["advantage/max"], max(sizes))
+
+
+def check_rows(module: ModuleType, scores: Scores) -> None:
+    rows = [found.tolist() for found in module.rows_of_groups(scores)]
+    assert rows == [[1, 4, 8], [7], [0, 2, 9, 12], [3, 6, 10]]
+    assert module.others(float64([5, 6, 7])).tolist() == [[6, 7], [5, 7], [5, 6]]
+    for name in ("a", "b"):
+        alone, expected = module.one_reward(scores, name), one_reward(scores, name)
+        assert torch.equal(alone.combined, expected.combined)
+        assert torch.equal(alone.valid, expected.valid)
 
 
 def some_advantages() -> Advantages:

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import core_oracles as oracle
+import estimator_oracles
 import pytest
 import text_oracles
+import verifiable_oracles
 
 CHECKS = {
     "mmrl.objectives.grpo": oracle.check_grpo,
@@ -36,6 +38,22 @@ CHECKS = {
     "mmrl.advantages.g2rpo": text_oracles.check_g2rpo,
     "mmrl.advantages._transport": text_oracles.check_transport,
     "mmrl.advantages._groups": oracle.check_groups,
+    "mmrl.advantages._risk": estimator_oracles.check_risk_interface,
+    "mmrl.advantages.risk": estimator_oracles.check_risk_estimator,
+    "mmrl.advantages._bundles": verifiable_oracles.check_bundles,
+    "mmrl.advantages._mixed_var": verifiable_oracles.check_mixed_var,
+    "mmrl.advantages.riskpo": verifiable_oracles.check_riskpo,
+    "mmrl.advantages._beta": verifiable_oracles.check_beta,
+    "mmrl.advantages.bnpo": verifiable_oracles.check_bnpo,
+    "mmrl.advantages._standardise": verifiable_oracles.check_standardise,
+    "mmrl.advantages.gdpo_decoupled": verifiable_oracles.check_gdpo,
+    "mmrl.advantages._answers": verifiable_oracles.check_answers,
+    "mmrl.advantages.copo_consistency": verifiable_oracles.check_copo,
+    "mmrl.advantages.optimal_baseline": verifiable_oracles.check_optimal_baseline,
+    "mmrl.advantages.gp_loo": verifiable_oracles.check_gp_loo,
+    "mmrl.advantages._sets": verifiable_oracles.check_sets,
+    "mmrl.advantages.subpo": verifiable_oracles.check_subpo,
+    "mmrl.modulators.adora": verifiable_oracles.check_adora,
     "mmrl.modulators.clip": oracle.check_clip,
     "mmrl.modulators.drop_zero": oracle.check_drop_zero,
     "mmrl.modulators.optimality": oracle.check_optimality,

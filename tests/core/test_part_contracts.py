@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from core_oracles import fit, random_case, random_scores
+from core_oracles import fit, fit_scores, random_case, random_scores
 
 from mmrl.resolve import entries, names, resolve
 from mmrl.schema import StrictModel
@@ -170,7 +170,7 @@ def test_corrections_of_every_objective(kind, name, objective):
 @parts("advantages")
 def test_estimators(kind, name):
     module = resolve(kind, name)
-    scores = random_scores()
+    scores = fit_scores(module, random_scores())
     advantages, state = module.estimate(scores, module.Config(), {})
     assert isinstance(advantages, Advantages)
     assert name in KEEPS_UNSCORED or not advantages.keep[~scores.valid].any()

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from rewards._answers import choice, code_in, extract, is_missing, number, target_text
+from rewards import exact_match
+from rewards._answers import AnswerConfig, choice, code_in, extract, is_missing, number, target_text
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,30 @@ from rewards._answers import choice, code_in, extract, is_missing, number, targe
 )
 def test_the_last_place_counts(where, text, answer):
     assert extract(text, where) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "spelling"),
+    [
+        ("<answer>1,000</answer>", "1000"),
+        ("<answer> 1e3 </answer>", "1000"),
+        ("<answer>2/4</answer>", "0.5"),
+        ("<answer>A  Red\nsquare</answer>", "a red square"),
+        ("<answer></answer>", ""),
+        ("1000", None),
+    ],
+)
+def test_equal_answers_have_one_spelling(text, spelling):
+    assert AnswerConfig(where="tag").canonical(text) == spelling
+    assert exact_match.Config(where="tag").canonical(text) == spelling
+
+
+def test_the_spelling_of_an_option_is_its_letter():
+    config = exact_match.Config(mode="choice", where="tag")
+    texts = ["<answer>(b)</answer>", "<answer>B. a cat</answer>", "<answer>a cat</answer>", "B"]
+    assert [config.canonical(text) for text in texts] == ["B", "B", None, None]
+    with pytest.raises(TypeError, match="reads text, not int"):
+        config.canonical(3)
 
 
 def test_tags_have_names():

@@ -15,6 +15,7 @@ from toy.run import ROOT, column, launch, metrics_of, weights_of
 from mmrl.cli import save_samples
 from mmrl.config import apply_overrides, parse
 from mmrl.errors import UserError
+from mmrl.modulators import adora
 from mmrl.report import write_report
 from mmrl.runner import evaluate, load_run_config, sample, train
 
@@ -302,6 +303,35 @@ def test_completions_without_an_end_are_not_trained(model, tmp_path):
     assert column(path, "completions/clipped_ratio")[0] > 0.5
     kept = run(model, tmp_path / "kept", *options[1:], "training.num_steps=1", "regularisers=[]")
     assert column(path, "grad_norm")[0] < column(kept, "grad_norm")[0]
+
+
+def test_estimators_read_lengths_ends_and_answers(model, tmp_path, monkeypatch):
+    """Also of completions that are not trained on."""
+    seen = []
+    monkeypatch.setattr(
+        adora, "modulate", lambda advantages, scores, config: seen.append(scores) or advantages
+    )
+    prompts = tmp_path / "answers.jsonl"
+    rows = [json.dumps({"prompt": f"go to {word}", "answer": "red"}) for word in ("a", "b", "c")]
+    prompts.write_text("\n".join(rows))
+    path = run(
+        model,
+        tmp_path,
+        "training.num_steps=1",
+        "backend.rollout.drop_overlong=true",
+        "backend.rollout.max_tokens=3",
+        f"prompts.source={prompts}",
+        "evaluation.source=null",
+        "advantage=copo_consistency",
+        "modulators=[adora]",
+        "rewards=[{name: toy.rewards.says_red}, {name: exact_match, weight: 0}]",
+    )
+    (scores,) = seen
+    assert column(path, "completions/clipped_ratio") == [scores.truncated.double().mean().item()]
+    assert column(path, "completions/mean_length") == [scores.length.double().mean().item()]
+    assert 0 < scores.truncated.double().mean() < 1
+    assert len(set(scores.answer)) > 1
+    assert column(path, "copo/entropy")[0] > 0
 
 
 OVERLONG = "rewards=[{name: soft_overlong, max_tokens: 6, buffer: 4}]"

@@ -77,3 +77,8 @@ def ocr_that_kills(prompts, outputs, **columns):
 def says_red(prompts, outputs, **columns):
     """The share of words that are "red"."""
     return [sum(w == "red" for w in text.split()) / max(1, len(text.split())) for text in outputs]
+
+
+def likeness(prompts, outputs, target, **columns):
+    """Between 0 and 1."""
+    return near_target(prompts, outputs, target).exp()
