@@ -7,8 +7,9 @@ group shows G, so that with a level below 1/G the worst of them counts alone; or
 together, on rewards less the mean of their group (``scope: batch``).
 
 Where A is made of the samples that it credits its thresholds depend on them, a bias of order 1/G;
-``baseline: leave_one_out`` takes the law of the others, less the mean of A over them: for the mean
-that is RLOO, and with rewards of 0 and 1 a success earns k (share of failures)^(k - 1) for pass@k.
+``baseline: leave_one_out`` takes the law of the others, less the mean of A over them.  For the mean
+that is RLOO; with rewards of 0 and 1 a success earns k (share of failures)^(k - 1) for pass@k, less
+that mean.  It takes quadratic time, so ``batch`` is for steps of some thousand samples.
 
 The weights are RiskPO's (arXiv:2510.00911) and the rest is standard theory of influence functions;
 no published run has this form, so what it gains is not established.
