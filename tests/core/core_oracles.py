@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.types import Advantages, PolicyTerms, Prompt, Scores, UpdateBatch
+from mmrl.types import Advantages, PolicyTerms, Prompt, Scores, Survey, UpdateBatch
 
 INF = float("inf")
 
@@ -83,11 +83,44 @@ def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, Up
     return terms, batch
 
 
-def fit(module: ModuleType, batch: UpdateBatch) -> UpdateBatch:
-    """``batch`` as the objective wants it: that of DiffusionNFT reads probabilities."""
-    if not module.__name__.endswith(".nft"):
+def fit(module: ModuleType, batch: UpdateBatch, config=None) -> UpdateBatch:
+    """``batch`` as the part wants it: that of DiffusionNFT reads probabilities, others have signals
+    of groups of three, at log-ratios of 0, and a state.
+    """
+    if module.__name__.endswith(".nft"):
+        return replace(batch, advantages=(batch.advantages / 10 + 0.5).clamp(0, 1))
+    if not hasattr(module, "Config"):
         return batch
-    return replace(batch, advantages=(batch.advantages / 10 + 0.5).clamp(0, 1))
+    config = module.Config() if config is None else config
+    return prepared(module, config, batch, torch.arange(len(batch.mask)) // 3, {})
+
+
+def prepared(
+    module: ModuleType, config, batch: UpdateBatch, group: Tensor, log_ratio
+) -> UpdateBatch:
+    """``batch``, a whole optimizer step, with what the trainer gives a part beside terms.
+
+    Rewards are the advantages.  ``log_ratio``: sums over the decisions of each row by the name of
+    the other policy; 0 where absent.
+    """
+    state = module.initial_state(config) if hasattr(module, "initial_state") else {}
+    signals = {}
+    keep = batch.mask.any(1) & (batch.weights > 0)
+    if hasattr(module, "signals"):
+        scores = Scores(combined=batch.advantages, group=group, valid=keep)
+        advantages = Advantages(values=batch.advantages.masked_fill(~keep, 0), keep=keep)
+        signals = dict(module.signals(scores, advantages, config))
+    if hasattr(module, "survey") and module.survey(config):
+        zero = torch.zeros(len(group)).double()
+        survey = Survey(
+            group=group[keep],
+            length=batch.mask.sum(1)[keep].double(),
+            log_ratio={name: log_ratio.get(name, zero)[keep] for name in module.survey(config)},
+            signals={name: value[keep] for name, value in signals.items()},
+        )
+        for name, value in module.couple(survey, config).items():
+            signals[name] = zero.masked_scatter(keep, value)
+    return replace(batch, signals=signals, state=state)
 
 
 def random_scores(seed: int = 0) -> Scores:
