@@ -67,7 +67,10 @@ def signals(scores: Scores, advantages: Advantages, config: Config) -> Mapping[s
         if len(rewards) == 1:
             return rewards  # released code: mean 0, deviation 1, median 0
         distance = rewards - rewards.quantile(0.5)
-        return distance / (rewards.std() + 1e-6) if config.gap == "normalised" else distance
+        if config.gap == "reward":
+            return distance
+        squares = (rewards - rewards.mean()).square().sum()
+        return distance / ((squares / (len(rewards) - 1)).sqrt() + 1e-6)
 
     return {"gap": by_group(scores.combined, scores.group, scores.valid, gap)}
 

@@ -111,5 +111,5 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
 
 def _exp(x: Tensor) -> Tensor:
     """exp, continued by its tangent above ``STRAIGHT``."""
-    inside = x.clamp(max=STRAIGHT)
-    return inside.exp() + math.exp(STRAIGHT) * (x - inside)
+    straight = math.exp(STRAIGHT) * (1.0 + x - STRAIGHT)
+    return torch.where(x > STRAIGHT, straight, x.clamp(max=STRAIGHT).exp())

@@ -722,7 +722,26 @@ def reduced(module: ModuleType, loss: Tensor, mask: Tensor, weights: Tensor, how
     return module.weighted_sum(loss, coefficients) / module.step_denominator(total)
 
 
+def check_coupling(module: ModuleType) -> None:
+    """A value and its derivative, found apart and put together as constants."""
+    at = float64([0.5, 2.0])
+    value, slope = module.differentiated(lambda x: (x**3).sum(), at)
+    close(value, 8.125)
+    close(slope, [0.75, 12.0])
+    with torch.no_grad():
+        assert torch.equal(module.differentiated(lambda x: (x**3).sum(), at)[1], slope)
+    assert not module.differentiated(lambda x: float64(1.0), at)[1].any()
+    variable = float64([[2.0, 3.0]]).requires_grad_()
+    given = [float64([[5.0]]).requires_grad_(), float64([[-4.0]]).requires_grad_()]
+    found = module.linearised(*given, variable)
+    close(found, [[5.0, 5.0]])
+    gradients = torch.autograd.grad(found.sum(), [variable, *given], allow_unused=True)
+    close(gradients[0], [[-4.0, -4.0]])
+    assert gradients[1:] == (None, None), "both are constants"
+
+
 def check_reduction(module: ModuleType) -> None:
+    check_coupling(module)
     terms, batch = random_case()
     mask, weights = batch.mask, float64([1, 0.5, 1, 1, 2, 0])
     loss = terms.logp.detach().masked_fill(~mask, float("nan"))

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import core_oracles as oracle
 import pytest
+import ratio_oracles
 import text_oracles
 
 CHECKS = {
@@ -41,6 +42,7 @@ CHECKS = {
     "mmrl.modulators.optimality": oracle.check_optimality,
     "mmrl.prompts.round_robin": oracle.check_round_robin,
     "mmrl.reduction": oracle.check_reduction,
+    **ratio_oracles.CHECKS,
 }
 BROKEN = (AssertionError, ArithmeticError, LookupError, RuntimeError, StopIteration)
 BROKEN += (TypeError, ValueError)
