@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ def by_group(
     It answers with [n] numbers, or with one for all.
     """
     found = torch.zeros_like(values)
-    for identity in group[among].unique():
-        rows = among & (group == identity)
+    for rows in _members(group):
+        rows = rows & among
+        if not bool(rows.any()):
+            continue
         found[rows] = function(values[rows])
     return found
 
@@ -35,8 +38,27 @@ def group_losses(
     ``log_ratio`` [W], so that a mean over samples is the mean over groups of one size.
     """
     values, slopes = torch.zeros_like(log_ratio), torch.zeros_like(log_ratio)
-    for identity in survey.group.unique():
-        rows = survey.group == identity
-        value, slope = differentiated(lambda x, rows=rows: function(x, rows), log_ratio[rows])
-        values[rows], slopes[rows] = value, slope * rows.sum()
+    for rows in _members(survey.group):
+        value, slope = differentiated(partial(_swapped, function, rows), log_ratio[rows])
+        values[rows], slopes[rows] = value, slope * len(slope)
     return values, slopes
+
+
+def _swapped(
+    function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, log_ratio: Tensor
+) -> Tensor:
+    return function(log_ratio, rows)
+
+
+def pair_excess(values: Tensor, group: Tensor, among: Tensor) -> Tensor:
+    """[N]: mean over the other samples of the group of max(value - theirs, 0); 0 alone in it."""
+
+    def excess(x: Tensor) -> Tensor:
+        return (x[:, None] - x[None]).clamp(min=0).sum(dim=1) / max(len(x) - 1, 1)
+
+    return by_group(values, group, among, excess)
+
+
+def _members(group: Tensor) -> Iterator[Tensor]:
+    """[N] bool of each group."""
+    return (group == identity for identity in sorted(set(group.tolist())))

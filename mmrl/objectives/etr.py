@@ -30,27 +30,13 @@ EVIDENCE: str = "reconstructed"
 class Config(StrictModel):
     """Clip range before scaling, the two scales, and the bounds of the result; all ours."""
 
-    clip_low: float = Field(
-        default=0.2, ge=0, description="Distance of the lower bound from 1, before scaling."
-    )
-    clip_high: float = Field(
-        default=0.28, ge=0, description="Distance of the upper bound from 1, before scaling."
-    )
-    micro: float = Field(
-        default=0.25, ge=0, description="Largest widening by the sample's |A|; 0: none."
-    )
-    macro: float = Field(
-        default=0.25, ge=0, description="Largest widening by the group's variance; 0: none."
-    )
-    clip_min: float = Field(
-        default=0.1, ge=0, description="Least distance of either bound after scaling."
-    )
-    clip_max: float = Field(
-        default=0.4, gt=0, le=1, description="Greatest distance of either bound after scaling."
-    )
-    reward_range: float = Field(
-        default=1.0, gt=0, description="Greatest reward less the least, in units of the reward."
-    )
+    clip_low: float = Field(default=0.2, ge=0, description="1 less the lower bound, unscaled.")
+    clip_high: float = Field(default=0.28, ge=0, description="Upper bound less 1, unscaled.")
+    micro: float = Field(default=0.25, ge=0, description="Widening where |A| is large; 0: none.")
+    macro: float = Field(default=0.25, ge=0, description="Widening where v is 1; 0: none.")
+    clip_min: float = Field(default=0.1, ge=0, description="Least of both after scaling.")
+    clip_max: float = Field(default=0.4, gt=0, le=1, description="Greatest of both after scaling.")
+    reward_range: float = Field(default=1.0, gt=0, description="Greatest reward less the least.")
 
     @model_validator(mode="after")
     def _within_the_bounds(self) -> Config:

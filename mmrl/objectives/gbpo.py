@@ -41,16 +41,13 @@ class Config(StrictModel):
         default=0.2,
         ge=0,
         lt=1,
-        description="The least target is 1 - clip_low. Published: 0.3 (AIME), 0.2 (MATH).",
+        description="The least target is 1 - clip_low (0.2, 0.3).",
     )
     clip_high: float = Field(
-        default=0.2, ge=0, description="The greatest target is 1 + clip_high. Published: as below."
+        default=0.2, ge=0, description="The greatest is 1 + clip_high (the same)."
     )
     temperature: float = Field(
-        default=1e-4,
-        gt=0,
-        description="Divisor of the gap. Published: 1e-4, which leaves its sign only (1 is the "
-        "default of the code, no script has it); BPO: 1e-3.",
+        default=1e-4, gt=0, description="Divisor of the gap; 1e-4 leaves its sign. BPO: 1e-3."
     )
     gap: Literal["normalised", "reward"] = Field(
         default="normalised",

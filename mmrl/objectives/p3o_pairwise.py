@@ -7,7 +7,7 @@
 
 P3O (pairwise; arXiv:2310.00212).  A constant added to the rewards of a prompt changes nothing.  For
 groups, ours: the mean over all pairs, in both orders for ``joint``, which is not symmetric in them
-away from ratio 1.  In ``separate`` that needs no table of pairs: sample i has -(P r - M r') / (n -
+away from ratio 1, and takes one more forward there.  In ``separate`` that needs no table of pairs: sample i has -(P r - M r') / (n -
 1) with P and M the sums of positive and negative parts of A_i - A_j, r clipped above and r' below.
 At ratio 1 the gradient is that of leave-one-out REINFORCE.
 
@@ -23,11 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmrl.divergences import clamp_log_ratio, raw_log_ratio
-from mmrl.objectives._groups import by_group, group_losses
+from mmrl.objectives._groups import group_losses, pair_excess
 from mmrl.objectives._ratio import approx_kl, clipped_surrogate
 from mmrl.reduction import linearised, masked_mean, tallies
 from mmrl.schema import StrictModel
@@ -43,35 +44,22 @@ class Config(StrictModel):
 
     form: Literal["separate", "joint"] = Field(
         default="separate",
-        description="separate: the ratio of either sample (V1). joint: that of the pair (V2), at "
-        "the price of one more forward where the ratio is not 1.",
+        description="separate: a ratio of each sample (V1). joint: of a pair (V2).",
     )
-    clip: float = Field(
-        default=0.2, ge=0, description="Ratios are clipped to 1 -+ clip; ours, none is published."
-    )
+    clip: float = Field(default=0.2, ge=0, description="Ratios are clipped to 1 -+ clip; ours.")
     ratio: Literal["mean", "product"] = Field(
         default="mean",
-        description="mean: exp of the mean log-ratio over decisions (ours). product: of the sum, "
-        "as published; clip must then be far smaller.",
+        description="exp of the mean log-ratio (ours), or of the sum (published; smaller clip).",
     )
 
 
 def signals(scores: Scores, advantages: Advantages, config: Config) -> Mapping[str, Tensor]:
-    """``gain`` and ``loss`` [N], P / (n - 1) and M / (n - 1) over the kept samples of the group,
-    and ``advantage``; all 0 at other samples.
-    """
-    del config
-
-    def excess(values: Tensor) -> Tensor:
-        above = (values[:, None] - values[None]).clamp(min=0).sum(dim=1)
-        return above / max(len(values) - 1, 1)
-
+    """``gain`` and ``loss`` [N], P and M over n - 1, of kept samples; ``advantage`` if joint."""
+    if config.form == "joint":
+        return {"advantage": advantages.values}
     values, keep = advantages.values, advantages.keep
-    return {
-        "gain": by_group(values, scores.group, keep, excess),
-        "loss": by_group(-values, scores.group, keep, excess),
-        "advantage": values.masked_fill(~keep, 0.0),
-    }
+    found = {"gain": pair_excess(values, scores.group, keep)}
+    return found | {"loss": pair_excess(-values, scores.group, keep)}
 
 
 def survey(config: Config) -> frozenset[str]:
@@ -86,10 +74,8 @@ def needs_whole_samples(config: Config) -> bool:
 
 def couple(survey: Survey, config: Config) -> Mapping[str, Tensor]:
     """``value`` and ``slope`` [W] of the joint form."""
-    product = config.ratio == "product"
-    length = survey.length
-    total = survey.log_ratio["old"] if product else survey.log_ratio["old"] / length
-    advantage = survey.signals["advantage"]
+    advantage, length = survey.signals["advantage"], survey.length
+    scale = torch.ones_like(length) if config.ratio == "product" else length
 
     def pairs(log_ratio: Tensor, rows: Tensor) -> Tensor:
         ratio = clamp_log_ratio(log_ratio[:, None] - log_ratio[None]).exp()
@@ -97,8 +83,8 @@ def couple(survey: Survey, config: Config) -> Mapping[str, Tensor]:
         count = max(len(log_ratio) * (len(log_ratio) - 1), 1)
         return 0.5 * clipped_surrogate(ratio, gap, config.clip, config.clip).sum() / count
 
-    value, slope = group_losses(survey, total, pairs)
-    return {"value": value, "slope": slope * length if product else slope}
+    value, slope = group_losses(survey, survey.log_ratio["old"] / scale, pairs)
+    return {"value": value, "slope": slope * (length / scale)}
 
 
 def needs(config: Config) -> frozenset[str]:
@@ -114,16 +100,14 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     new) in nats per decision.
     """
     gaps, metrics = raw_log_ratio(terms, batch), {"approx_kl": approx_kl(terms, batch)}
+    names = ("value", "slope") if config.form == "joint" else ("gain", "loss")
+    first, second = (batch.signal(name).to(gaps.dtype) for name in names)
     if config.form == "joint":
-        value, slope = (batch.signal(name).to(gaps.dtype) for name in ("value", "slope"))
-        found = linearised(value, slope, gaps)
+        found = linearised(first, second, gaps)
     else:
         product = config.ratio == "product"
         total = gaps.sum(dim=1, keepdim=True) if product else masked_mean(gaps, batch.mask)
-        ratio = clamp_log_ratio(total).exp()
-        metrics["ratio/mean"] = ratio
-        gain, fall = (batch.signal(name).to(gaps.dtype) for name in ("gain", "loss"))
-        found = fall * ratio.clamp(min=1.0 - config.clip) - gain * ratio.clamp(
-            max=1.0 + config.clip
-        )
+        metrics["ratio/mean"] = ratio = clamp_log_ratio(total).exp()
+        low, high = ratio.clamp(min=1.0 - config.clip), ratio.clamp(max=1.0 + config.clip)
+        found = second * low - first * high
     return LossTerms(loss=found, metrics=tallies(metrics, batch.mask, batch.weights))

@@ -10,7 +10,9 @@ a wrong one rises, and each class of a group weighs less than 1 / tau together, 
 There is neither clip nor advantage.  At s = 0 the gradient is that of -w logp with w = n / tau /
 (1 + |P|) for a right sample, minus n / tau / (1 + |Q|) for a wrong one, n samples in the group.
 
-Groups of one class add nothing but count in the denominator (the port); ``keep`` trains on them.
+The port takes for right what is above the mean of its group, and the rest for wrong; here a sample
+just at the mean is neither.  Groups of one class add nothing but count in the denominator (the
+port); ``keep`` trains on them, which takes a ``threshold``: equal rewards all have advantage 0.
 The loss couples the samples of a group, those of one optimizer step: where the ratio is not 1, it
 takes one more forward, and no micro-batch has to hold a group.  Use an aggregation that is a mean
 over samples; published: one update for each rollout, 8 samples, kl_reference 1e-3.
@@ -19,10 +21,10 @@ over samples; published: one update for each rollout, 8 samples, kl_reference 1e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
@@ -45,37 +47,22 @@ class Config(StrictModel):
         default=0.5, gt=0, description="tau, in nats per decision. Published: 0.5."
     )
     form: Literal["softmax", "bce"] = Field(
-        default="softmax",
-        description="softmax: samples of a class share its weight. bce: each by itself.",
+        default="softmax", description="softmax: a class shares one weight. bce: each by itself."
     )
-    label: Literal["advantage", "reward"] = Field(
-        default="advantage",
-        description="A sample is right where its advantage is positive (the port: above the mean "
-        "of its group), or where its reward is above threshold.",
-    )
-    threshold: float = Field(
-        default=0.5, description="With label `reward`: the greatest reward of a wrong sample."
+    threshold: float | None = Field(
+        default=None, description="Greatest reward of a wrong sample; null: by the sign of A."
     )
     single_class: Literal["skip", "keep"] = Field(
-        default="skip",
-        description="keep: groups of right or wrong samples alone are trained on too; with label "
-        "`reward` only.",
+        default="skip", description="keep: train on groups of one class too; needs a threshold."
     )
-
-    @field_validator("single_class")
-    @classmethod
-    def _known_labels(cls, value: Any, info: ValidationInfo) -> Any:
-        if value == "keep" and info.data.get("label") == "advantage":
-            raise ValueError("'keep' needs label 'reward': equal rewards all have advantage 0")
-        return value
 
 
 def signals(scores: Scores, advantages: Advantages, config: Config) -> Mapping[str, Tensor]:
-    """``label`` [N]: 1 of a right sample, -1 of a wrong one, 0 where not kept."""
-    by_reward = config.label == "reward"
-    right = scores.combined > config.threshold if by_reward else advantages.values > 0
-    known = advantages.keep & scores.valid
-    return {"label": torch.where(known, 2.0 * right.double() - 1.0, 0.0)}
+    """``label`` [N]: 1 of a right sample, -1 of a wrong one, 0 of others and where not kept."""
+    label = advantages.values.sign()
+    if config.threshold is not None:
+        label = torch.where(scores.combined > config.threshold, 1.0, -1.0).double()
+    return {"label": label.masked_fill(~(advantages.keep & scores.valid), 0.0)}
 
 
 def survey(config: Config) -> frozenset[str]:
@@ -116,14 +103,8 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     """
     del config
     gaps = raw_log_ratio(terms, batch)
-    label, value, slope = (
-        batch.signal(name).to(gaps.dtype) for name in ("label", "value", "slope")
-    )
-    metrics = {
-        "real/right": label > 0,
-        "real/logit": label * masked_mean(gaps, batch.mask),
-        "real/weight": slope.abs(),
-        "approx_kl": approx_kl(terms, batch),
-    }
+    label, value, slope = (batch.signal(x).to(gaps.dtype) for x in ("label", "value", "slope"))
+    metrics = {"real/right": label > 0, "real/logit": label * masked_mean(gaps, batch.mask)}
+    metrics |= {"real/weight": slope.abs(), "approx_kl": approx_kl(terms, batch)}
     found = linearised(value, slope, gaps)
     return LossTerms(loss=found, metrics=tallies(metrics, batch.mask, batch.weights))

@@ -46,16 +46,12 @@ class Config(StrictModel):
     """Weight and form."""
 
     coef: float = Field(
-        default=8e-4,
-        ge=0,
-        description="Weight of the penalty, in units of the reward; 0 computes nothing at all. "
-        "Released: 8e-4 for a language model.",
+        default=8e-4, ge=0, description="Weight, in units of the reward; 0 computes nothing."
     )
     form: Literal["sqrt_chi2", "chi2", "kl", "step_chi2"] = Field(
         default="sqrt_chi2",
-        description="sqrt_chi2: root of the divergence over all samples of the optimizer step "
-        "(published). chi2: without the root. kl: the alternative. step_chi2: of each denoising "
-        "step.",
+        description="Of all samples of the optimizer step: sqrt_chi2 (published), chi2, kl. Of "
+        "each denoising step: step_chi2.",
     )
 
 

@@ -226,21 +226,11 @@ def check_r2vpo(module: ModuleType) -> None:
 
     for variance in (0.1, 0.5, 0.9):
         close(after(variance, rate=1.5), 2.0 + 1.5 * (variance - 0.5))
-        expected = math.exp(math.log(2.0) + 0.2 * (variance / 0.5 - 1))
-        close(after(variance, rate=0.2, dual="log"), expected)
-    for dual in ("linear", "log"):
-        assert after(0.0, rate=100, dual=dual) == pytest.approx(0.25)
-        assert after(1e12, rate=100, dual=dual) == pytest.approx(8.0)
+    assert after(0.0, rate=100) == 0.25
+    assert after(1e12, rate=100) == 8.0
     assert after(7.0, rate=0, start=123.0) == 123.0
     kept = {"multiplier": 2.0}
     assert module.update_state(kept, {}, module.Config()) == kept
-    refused(module, "multiplier: 0.001 is not allowed", multiplier=1e-3)
-    refused(module, "multiplier: 200 is not allowed", multiplier=200)
-    refused(
-        module, "multiplier_min: 0 is not allowed with dual 'log'", dual="log", multiplier_min=0
-    )
-    module.Config(dual="linear", multiplier_min=0)
-    module.Config(multiplier=0.0, rate=0)
 
 
 def check_mdpo_mirror(module: ModuleType) -> None:
@@ -298,6 +288,12 @@ def check_group_helpers(module: ModuleType) -> None:
         for i in rows:
             close(value[i], sum(REWARDS[j] ** 2 for j in rows))
             close(slope[i], len(rows) * REWARDS[i])
+    excess = module.pair_excess(values, GROUP, among)
+    for rows in KEPT.values():
+        for i in rows:
+            above = sum(max(REWARDS[i] - REWARDS[j], 0.0) for j in rows)
+            close(excess[i], above / max(len(rows) - 1, 1))
+    assert not excess[~among].any()
     constant = module.group_losses(survey, values, lambda x, _: torch.tensor(3.0).double())
     close(constant[0], [3.0] * 9)
     assert not constant[1].any()
@@ -386,7 +382,7 @@ def label_losses(config, terms: PolicyTerms, batch: UpdateBatch) -> dict[int, Te
             ]
             logits[i] = sum(gaps) / len(gaps)
             reward = batch.advantages[i].item()
-            over = reward > (0 if config.label == "advantage" else config.threshold)
+            over = reward > (0 if config.threshold is None else config.threshold)
             (right if over else wrong).append(logits[i])
         both = bool(right) and bool(wrong)
         if config.single_class == "skip" and not both:
@@ -404,7 +400,7 @@ def label_losses(config, terms: PolicyTerms, batch: UpdateBatch) -> dict[int, Te
 
 
 def check_real(module: ModuleType) -> None:
-    by_reward = {"label": "reward", "threshold": 0.2}
+    by_reward = {"threshold": 0.2}
     for options in (
         {},
         {"temperature": 2.0, **by_reward},
@@ -430,15 +426,14 @@ def check_real(module: ModuleType) -> None:
     check_approx_kl(out.metrics["approx_kl"], terms, batch)
     scores, advantages = scores_of()
     for threshold in (0.25, 0.24):
-        labels = module.signals(
-            scores, advantages, module.Config(label="reward", threshold=threshold)
-        )["label"]
+        labels = module.signals(scores, advantages, module.Config(threshold=threshold))["label"]
         assert labels[4] == (1 if threshold < 0.25 else -1)
     some = replace(scores, valid=scores.valid.clone().index_fill(0, torch.tensor([0]), False))
     for given in ((some, advantages), (scores, replace(advantages, keep=some.valid))):
         assert module.signals(*given, config)["label"].tolist() == [0, *y_of(y)]
     assert module.survey(config) == {"old"}
-    refused(module, "'keep' needs label 'reward'", single_class="keep")
+    flat = replace(advantages, values=0 * advantages.values)
+    assert not module.signals(scores, flat, config)["label"].any()
 
 
 def check_orpo_occupancy(module: ModuleType) -> None:

@@ -137,7 +137,6 @@ def test_progress_lowers_the_step_size(toy, monkeypatch):
         ("{name: mdpo_mirror, form: squared}", "training.micro_batch_size=1", "'mdpo_mirror'"),
         ("{name: real}", "training.group_size=1", "too small for objective 'real'"),
         ("{name: mdpo_mirror, form: gaussian_kl}", "seed=0", "needs mean_gap_old, step_std"),
-        ("{name: real, single_class: keep}", "seed=0", "'keep' needs label 'reward'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(toy, objective, more, message):
