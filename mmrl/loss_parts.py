@@ -7,6 +7,9 @@
     initial_state(config)                   what it keeps between optimizer steps, JSON-able
     update_state(state, metrics, config)    the same after one, from the means it logged itself
 
+An objective with ``WHOLE_GROUPS = True`` has the samples of a group in one optimizer step, and one
+whose ``needs_whole_samples(config)`` is true all decisions of a sample in one micro-batch.
+
 ``signals`` and ``couple`` see all processes and answer the same on each; ``loss`` finds both in
 ``batch.signals``.  A loss that couples samples is written with the numbers of ``couple`` as
 constant coefficients of its own decisions, so it needs neither whole groups in a micro-batch nor

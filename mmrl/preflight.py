@@ -45,6 +45,13 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_ignored_weights(config)
     refuse_misread_advantages(config)
     samples = training.prompts_per_step * training.group_size
+    whole = getattr(config.objective.module, "WHOLE_GROUPS", False)
+    if whole and training.updates_per_epoch > training.prompts_per_step:
+        raise UserError(
+            f"training.updates_per_epoch: {training.updates_per_epoch} is more than the "
+            f"{training.prompts_per_step} groups of a step (training.prompts_per_step), which "
+            f"objective {config.objective.name!r} keeps whole"
+        )
     if training.updates_per_epoch > samples:
         raise UserError(
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "

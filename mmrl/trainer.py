@@ -342,6 +342,7 @@ class Trainer:
             shape=micro_batch_shape(decisions, self.config.training.micro_batch_size),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            whole_groups=getattr(self.config.objective.module, "WHOLE_GROUPS", False),
         )
 
     def _check_replay(self, windows: list[Window]) -> None:

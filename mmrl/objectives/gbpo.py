@@ -26,12 +26,14 @@ from torch import Tensor
 
 from mmrl.objectives._groups import by_group
 from mmrl.objectives._ratio import approx_kl, log_ratio
-from mmrl.reduction import tallies
+from mmrl.reduction import tallies, where_active
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, UpdateBatch
 
 PAPER = "BRRL 2026, arXiv:2604.18578"
 EVIDENCE: str = "code"
+TOLERANCE = 1e-5
+"""A ratio this near its target is at it: at the kink, rounding must not choose the gradient."""
 
 
 class Config(StrictModel):
@@ -90,6 +92,7 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     move = ((config.clip_low + config.clip_high) * side - config.clip_low).to(ratio.dtype)
     size = batch.advantages[:, None].to(ratio.dtype)
     distance = ratio - (1.0 + move)
+    distance = where_active(distance, distance.abs() > TOLERANCE)
     metrics = {
         "ratio/mean": ratio,
         "gbpo/beyond": distance * move > 0,

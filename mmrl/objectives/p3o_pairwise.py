@@ -37,14 +37,14 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, Updat
 PAPER = "Wu et al. 2023, arXiv:2310.00212"
 EVIDENCE: str = "reconstructed"
 MIN_GROUP_SIZE = 2
+WHOLE_GROUPS = True
 
 
 class Config(StrictModel):
     """Which ratio is clipped, and what the ratio of a sample is."""
 
     form: Literal["separate", "joint"] = Field(
-        default="separate",
-        description="separate: ratio of each sample. joint: of a pair.",
+        default="separate", description="separate: ratio of each sample. joint: of a pair."
     )
     clip: float = Field(default=0.2, ge=0, description="Ratios are clipped to 1 -+ clip; ours.")
     ratio: Literal["mean", "product"] = Field(

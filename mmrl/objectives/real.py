@@ -13,7 +13,7 @@ There is neither clip nor advantage.  At s = 0 the gradient is that of -w logp w
 The port takes for right what is above the mean of its group, and the rest for wrong; here a sample
 just at the mean is neither.  Groups of one class add nothing but count in the denominator (the
 port); ``keep`` trains on them, which takes a ``threshold``: equal rewards all have advantage 0.
-The loss couples the samples of a group, those of one optimizer step: where the ratio is not 1, it
+The loss couples the samples of a group, which share an optimizer step: where the ratio is not 1, it
 takes one more forward, and no micro-batch has to hold a group.  Use an aggregation that is a mean
 over samples; published: one update for each rollout, 8 samples, kl_reference 1e-3.
 """
@@ -38,6 +38,7 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, Updat
 PAPER = "REAL 2026, arXiv:2602.05630"
 EVIDENCE: str = "code"
 MIN_GROUP_SIZE = 2
+WHOLE_GROUPS = True
 
 
 class Config(StrictModel):

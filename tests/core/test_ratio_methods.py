@@ -106,6 +106,17 @@ def test_gbpo_anchors_the_median_at_one():
     close(gbpo_at(rewards, (1.1,) * 4)[1][:3], [1.1 * 0.25] * 3)
 
 
+def test_gbpo_lets_no_rounding_choose_a_side():
+    """A median sample starts at its target, a kink: the last bits of a ratio are chance."""
+    rewards = (1.0, 0.0, -1.0)
+    for noise in (1e-7, -1e-7):
+        close(gbpo_at(rewards, (1.0, 1.0 + noise, 1.0))[1], [-1.0, 0.0, 1.0], 1e-6)
+    rewards = (0.75, 0.25, -1.0)
+    for noise, slope in ((1e-6, 0.0), (1e-4, 0.25), (-1e-4, -0.25)):
+        found = gbpo_at(rewards, (1.0, 1.0 + noise, 1.0))[1][1].item()
+        assert found == pytest.approx(slope, abs=1e-4)
+
+
 def test_the_bounded_optimum_is_a_policy_and_gains_what_it_should():
     """pi* = pi_old (1 + e sign(Q - median)) sums to 1 and gains e E|Q - median|."""
     old, q, e = float64([0.2, 0.3, 0.3, 0.2]), float64([-3.0, 0.5, 1.5, 4.0]), 0.3

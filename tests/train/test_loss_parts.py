@@ -17,6 +17,9 @@ from toy.run import column, metrics_of, weights_of
 
 from mmrl.checkpoint import found
 from mmrl.errors import UserError
+from mmrl.preflight import micro_batch_shape
+from mmrl.types import Prompt, RolloutGroup, RolloutRequest
+from mmrl.windows import plan_windows
 
 SEVERAL = ("training.updates_per_epoch=2", "training.num_epochs=2", "training.num_steps=3")
 SAMPLES = "training.aggregation=sample_mean_of_means"
@@ -136,6 +139,7 @@ def test_progress_lowers_the_step_size(toy, monkeypatch):
         ("{name: p3o_pairwise}", "training.micro_batch_size=2", "splits the 3 decisions"),
         ("{name: mdpo_mirror, form: squared}", "training.micro_batch_size=1", "'mdpo_mirror'"),
         ("{name: real}", "training.group_size=1", "too small for objective 'real'"),
+        ("{name: real}", "training.updates_per_epoch=5", "more than the 4 groups of a step"),
         ("{name: mdpo_mirror, form: gaussian_kl}", "seed=0", "needs mean_gap_old, step_std"),
     ],
 )
@@ -158,3 +162,38 @@ def test_a_part_of_weight_zero_is_never_asked(toy):
     none = toy("regularisers=[]", "name=none")
     assert_same_run(off, none)
     assert not any("kl_target/multiplier" in line for line in metrics_of(off))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_windows_of_whole_groups(whole):
+    """Three ragged groups in any order: each in one window, or samples dealt evenly."""
+    group_of = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    order = [8, 0, 3, 5, 1, 4, 2, 6, 7]
+    asked = [
+        RolloutRequest(
+            prompt=Prompt(id=str(i), text=""), group_size=size, seed=0, stream=0, index=i
+        )
+        for i, size in enumerate((3, 2, 4))
+    ]
+    groups = [
+        RolloutGroup(
+            request=request,
+            outputs=[""] * request.group_size,
+            payload=None,
+            mask=torch.ones(request.group_size, 2, dtype=torch.bool),
+        )
+        for request in asked
+    ]
+    windows = plan_windows(
+        groups,
+        [0, 0, 0],
+        group_of,
+        order,
+        num_windows=2,
+        shape=micro_batch_shape(None, 2),
+        rank=0,
+        world=1,
+        whole_groups=whole,
+    )
+    found = [[s.position for rows in w.micro_batches for s in rows.samples] for w in windows]
+    assert found == ([[8, 5, 6, 7, 0, 1, 2], [3, 4]] if whole else [order[:5], order[5:]])
