@@ -47,7 +47,7 @@ class Progress:
 
     ``bad_updates``: skipped ones in total; ``bad_in_a_row``: the current streak.  ``num_tokens``:
     tokens of all rollouts, prompts included.  ``sampler`` and ``advantage``: JSON-able states of
-    those parts.
+    those parts; ``losses``: those of the objective and the regularisers that have one, by key.
     """
 
     step: int = 0
@@ -57,6 +57,7 @@ class Progress:
     num_tokens: int = 0
     sampler: dict[str, Any] = field(default_factory=dict)
     advantage: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,13 +26,14 @@ CLIP_SHARE = 0.1
 def refuse_unless_consistent(config: RunConfig) -> None:
     """``UserError`` for combinations of valid options that cannot work together."""
     refuse_missing_terms(config)
-    training, name = config.training, config.advantage.name
-    minimum = getattr(config.advantage.module, "MIN_GROUP_SIZE", 1)
-    if training.group_size < minimum:
-        raise UserError(
-            f"training.group_size: {training.group_size} is too small for advantage {name!r}, "
-            f"which compares the samples of a group; allowed: {minimum} or more"
-        )
+    training = config.training
+    for kind, part in (("advantage", config.advantage), ("objective", config.objective)):
+        minimum = getattr(part.module, "MIN_GROUP_SIZE", 1)
+        if training.group_size < minimum:
+            raise UserError(
+                f"training.group_size: {training.group_size} is too small for {kind} "
+                f"{part.name!r}, which compares the samples of a group; allowed: {minimum} or more"
+            )
     needs_horizon = training.aggregation == "sample_sum_over_horizon"
     if needs_horizon != (training.horizon is not None):
         raise UserError(
@@ -46,6 +47,13 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_missing_facts(config)
     refuse_contradictions(config)
     samples = training.prompts_per_step * training.group_size
+    whole = getattr(config.objective.module, "WHOLE_GROUPS", False)
+    if whole and training.updates_per_epoch > training.prompts_per_step:
+        raise UserError(
+            f"training.updates_per_epoch: {training.updates_per_epoch} is more than the "
+            f"{training.prompts_per_step} groups of a step (training.prompts_per_step), which "
+            f"objective {config.objective.name!r} keeps whole"
+        )
     if training.updates_per_epoch > samples:
         raise UserError(
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "
@@ -154,12 +162,15 @@ def refuse_split_samples(config: RunConfig) -> None:
     asked = {"objective.importance": getattr(config.objective.config, "importance", None)}
     if config.correction is not None:
         asked["correction.level"] = getattr(config.correction.config, "level", None)
-    for key, value in asked.items():
-        if value == "sample" and decisions is not None and size < decisions:
-            raise UserError(
-                f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
-                f"which {key} 'sample' needs together; allowed: {decisions} or more"
-            )
+    who = [f"{key} 'sample'" for key, value in asked.items() if value == "sample"]
+    whole = getattr(config.objective.module, "needs_whole_samples", None)
+    if whole is not None and whole(config.objective.config):
+        who.append(f"objective {config.objective.name!r}")
+    if who and decisions is not None and size < decisions:
+        raise UserError(
+            f"training.micro_batch_size: {size} splits the {decisions} decisions of a sample, "
+            f"which {who[0]} needs together; allowed: {decisions} or more"
+        )
 
 
 def refuse_unreached_lengths(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ processes: sum ``denominator`` over all of them *before* the first backward, cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -123,6 +123,32 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the decisions of each sample, [B, K] -> [B, 1]; 0 for a sample without any."""
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
     return where_active(values, mask).sum(dim=1, keepdim=True) / count
+
+
+# Losses that couple samples
+
+
+def differentiated(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """A scalar function of ``at`` and its derivative, both without gradient."""
+    with torch.enable_grad():
+        variable = at.detach().requires_grad_()
+        value = function(variable)
+        slope = torch.zeros_like(variable)
+        if value.requires_grad:
+            (slope,) = torch.autograd.grad(value, variable)
+    return value.detach(), slope
+
+
+def linearised(value: Tensor, slope: Tensor, variable: Tensor) -> Tensor:
+    """``value`` with the gradient ``slope`` in ``variable``; shapes broadcast.
+
+    The loss of a sample that depends on others: ``value`` and ``slope`` were found with all of
+    them, and are constants here.
+    """
+    return value.detach() + slope.detach() * (variable - variable.detach())
+
+
+# Rows of several lengths, and the log
 
 
 def side_by_side(rows: Sequence[Tensor], width: int | None = None) -> Tensor:

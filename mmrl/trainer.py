@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,18 @@ from mmrl.distributed import (
     sum_over_processes,
 )
 from mmrl.errors import UserError
+from mmrl.loss_parts import (
+    Signals,
+    asks_survey,
+    coupled,
+    initial_states,
+    loss_parts,
+    sample_sums,
+    step_signals,
+    survey_of,
+    updated_states,
+    view,
+)
 from mmrl.metrics import Means
 from mmrl.preflight import clip_range, micro_batch_shape, refuse_gap
 from mmrl.rollouts import (
@@ -46,6 +58,7 @@ from mmrl.rollouts import (
 from mmrl.types import (
     Advantages,
     Anchor,
+    PolicyTerms,
     Prompt,
     RolloutGroup,
     RolloutRequest,
@@ -264,6 +277,7 @@ class Trainer:
             return
         training = self.config.training
         anchors: Anchors = {}
+        signals = step_signals(loss_parts(self.config), scores, advantages)
         for epoch in range(training.num_epochs):
             windows = self._plan(rolled, scores, advantages, epoch)
             if self.replay_gap is None:
@@ -271,7 +285,31 @@ class Trainer:
             if epoch == 0 and self._off_policy and not self._trusts(rolled.groups[0]):
                 anchors = self._anchor(windows)
             for window in windows:
-                self._update_window(window, advantages, anchors, means)
+                own = self._coupled(window, scores, anchors, signals)
+                self._update_window(window, advantages, anchors, own, means)
+
+    def _coupled(
+        self, window: Window, scores: Scores, anchors: Anchors, signals: Signals
+    ) -> Signals:
+        """``signals``, and those that depend on all samples of the optimizer step together."""
+        parts = loss_parts(self.config)
+        asked = frozenset[str]().union(*map(asks_survey, parts.values()))
+        if not asked:
+            return signals
+        # Strictly on-policy the ratio is 1: nothing has to be evaluated to know that.
+        names = sorted(asked if self._off_policy else asked - {"old"})
+        needs = frozenset({"logp", "logp_ref"} if "reference" in names else {"logp"})
+
+        def evaluate(rows: MicroBatch) -> tuple[PolicyTerms, UpdateBatch]:
+            batch = self._collate(rows, None, anchors)
+            return self.backend.evaluate(batch, needs), batch
+
+        with torch.no_grad():
+            sums = sample_sums(window, names, evaluate, len(scores.combined))
+        everywhere = sum_over_processes(self.accelerator, sums.flatten().tolist())
+        sums = sums.new_tensor(everywhere).view_as(sums)
+        survey, places = survey_of(sums, names, asked, scores.group)
+        return coupled(parts, signals, survey, places, len(scores.combined))
 
     @property
     def _off_policy(self) -> bool:
@@ -317,6 +355,7 @@ class Trainer:
             shape=micro_batch_shape(decisions, self.config.training.micro_batch_size),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            whole_groups=getattr(self.config.objective.module, "WHOLE_GROUPS", False),
         )
 
     def _check_replay(self, windows: list[Window]) -> None:
@@ -367,6 +406,7 @@ class Trainer:
         logp_old, memory = None, None
         if advantages is not None:
             values = advantages.values[[s.position for s in rows.samples]]
+        if anchors is not None:
             if anchors:
                 # Padding may have met no anchor pass; its loss has weight 0 whatever stands here.
                 filler = next(
@@ -387,6 +427,7 @@ class Trainer:
             logp_old=logp_old,
             memory=memory,
             tasks=[sample.group.request.prompt.task for sample in rows.samples],
+            progress=self.progress.step / self.config.training.num_steps,
         )
 
     def _update_window(
@@ -394,17 +435,27 @@ class Trainer:
         window: Window,
         advantages: Advantages,
         anchors: Anchors,
+        signals: Signals,
         means: Means,
     ) -> None:
         denominator = self._denominator(window)
         last = len(window.micro_batches) - 1
+        own = {key: Means() for key in self._states}
         for i, rows in enumerate(window.micro_batches):
             batch = self._collate(rows, advantages, anchors)
             with self._synchronising(i == last):
-                loss = self._loss(batch, rows, denominator, means)
+                loss = self._loss(batch, rows, denominator, signals, own, means)
                 # DDP averages over processes; the denominator already counts them all.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-        self._optimizer_step(means)
+        if self._optimizer_step(means) and own:
+            logged = {key: self._merged(found) for key, found in own.items()}
+            states = updated_states(loss_parts(self.config), self._states, logged)
+            self.progress = replace(self.progress, losses=states)
+
+    @property
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """What the objective and the regularisers keep between optimizer steps."""
+        return initial_states(loss_parts(self.config), self.progress.losses)
 
     def _denominator(self, window: Window) -> float:
         training, local = self.config.training, 0.0
@@ -423,36 +474,39 @@ class Trainer:
             yield
 
     def _loss(
-        self, batch: UpdateBatch, rows: MicroBatch, denominator: float, means: Means
+        self,
+        batch: UpdateBatch,
+        rows: MicroBatch,
+        denominator: float,
+        signals: Signals,
+        own: Mapping[str, Means],
+        means: Means,
     ) -> torch.Tensor:
-        training, objective = self.config.training, self.config.objective
-        correction = self.config.correction
+        training, correction = self.config.training, self.config.correction
         terms = self.backend.evaluate(batch, needs_of(self.config))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
         )
         coefficients = whole[:, rows.decisions].to(batch.weights)
-
-        def reduce(loss: torch.Tensor) -> torch.Tensor:
-            return reduction.weighted_sum(loss, coefficients) / denominator
-
-        policy = objective.module.loss(terms, batch, objective.config)
-        if correction is not None:
-            policy = correction.module.correct(policy, terms, batch, correction.config)
-        total = reduce(policy.loss)
+        places, states = [sample.position for sample in rows.samples], self._states
         means.add(terms.metrics)
-        means.add(policy.metrics)
-        for part in self.config.regularisers:
-            coef: float = part.config.coef  # type: ignore[attr-defined]
-            if coef:
-                penalty = part.module.loss(terms, batch, part.config)
-                means.add(penalty.metrics)
-                total = total + coef * reduce(penalty.loss)
+        total = batch.weights.new_zeros(())
+        for key, part in loss_parts(self.config).items():
+            given = view(batch, key, places, signals, states)
+            found = part.module.loss(terms, given, part.config)
+            if key == "objective" and correction is not None:
+                found = correction.module.correct(found, terms, batch, correction.config)
+            means.add(found.metrics)
+            if key in own:
+                own[key].add(found.metrics)
+            coef: float = 1.0 if key == "objective" else part.config.coef  # type: ignore[attr-defined]
+            total = total + coef * reduction.weighted_sum(found.loss, coefficients) / denominator
         # A sum of shares of one global mean: `loss` is that mean, whatever the micro-batches.
         means.add({"loss": (float(total.detach()), 0.0)})
         return total
 
-    def _optimizer_step(self, means: Means) -> None:
+    def _optimizer_step(self, means: Means) -> bool:
+        """Whether it was made: not with gradients that are not finite."""
         # DeepSpeed has clipped, and stepped if the norm was finite, inside the last backward; then
         # accelerate only answers with that norm, and its optimizer's methods do nothing.
         parameters = [p for p in self.backend.model.parameters() if p.requires_grad]
@@ -463,13 +517,14 @@ class Trainer:
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
         if any_process(self.accelerator, not finite):
             self._skip_update()
-            return
+            return False
         if norm is not None:
             means.add({"grad_norm": (float(norm) * main, main)})
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.progress = replace(self.progress, updates=self.progress.updates + 1, bad_in_a_row=0)
+        return True
 
     def _skip_update(self) -> None:
         progress, scaler = self.progress, self.accelerator.scaler
@@ -492,11 +547,14 @@ class Trainer:
             )
 
     def _reduced(self, means: Means) -> dict[str, float]:
+        return self._counted(self._merged(means))
+
+    def _merged(self, means: Means) -> dict[str, float]:
         """Means and totals over all processes."""
         merged = Means()
         for metrics in gather_items(self.accelerator, [means.metrics]):
             merged.add(metrics)
-        return self._counted(merged.result())
+        return merged.result()
 
     def _counted(self, values: dict[str, float]) -> dict[str, float]:
         """``num_tokens`` as TRL has it: all that the run has seen."""

@@ -241,6 +241,10 @@ class UpdateBatch:
     ``logp_old`` [B, K] or ``None``: ``None`` means strictly on-policy, ratio 1 by construction.
     ``memory``: length B or ``None``: of each row, what the backend's ``anchor`` remembered of the
     policy that sampled.  ``tasks``: length B, that of each sample's prompt, or empty.
+    ``progress``: share of the run's steps that are done, in [0, 1).
+
+    Of the part that reads the batch: ``signals``: its numbers for each sample, [B] float64 each,
+    and ``state``, what it keeps between optimizer steps; empty for a part without.
     """
 
     payload: Any
@@ -250,6 +254,9 @@ class UpdateBatch:
     logp_old: Tensor | None = None
     memory: Sequence[Any] | None = None
     tasks: Sequence[str] = ()
+    progress: float = 0.0
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.mask, "mask", 2, torch.bool)
@@ -261,6 +268,36 @@ class UpdateBatch:
         require(len(self.tasks) in (0, rows), "tasks and mask differ in rows")
         if self.logp_old is not None:
             require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
+        for name, value in self.signals.items():
+            _check(value, name, 1, torch.float64)
+            require(value.shape[0] == rows, f"{name} and mask differ in rows")
+
+    def signal(self, name: str) -> Tensor:
+        """[B, 1] of the named signal; ``ValueError`` if the batch has none of that name."""
+        require(name in self.signals, f"the batch has no signal {name!r}")
+        return self.signals[name][:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """The W samples of an optimizer step, those of all processes, just before it is made.
+
+    ``group`` [W] int64.  ``length`` [W] float64: trained decisions of each, at least 1.
+    ``log_ratio``: by the name of the other policy, "old" or "reference", [W] float64: the sum of
+    logp - logp_other over the decisions of each sample, in nats; those that were asked for.
+    ``signals``: those of the part that reads it, [W] float64 each.
+    """
+
+    group: Tensor
+    length: Tensor
+    log_ratio: Mapping[str, Tensor]
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.group, "group", 1, torch.int64)
+        for name, value in {"length": self.length, **self.log_ratio, **self.signals}.items():
+            _check(value, name, 1, torch.float64)
+            require(value.shape == self.group.shape, f"{name} and group differ in shape")
 
 
 @dataclass(frozen=True, kw_only=True)

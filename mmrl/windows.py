@@ -71,23 +71,23 @@ def plan_windows(
     shape: MicroBatchShape,
     rank: int,
     world: int,
+    whole_groups: bool = False,
 ) -> list[Window]:
     """Deal samples ``order`` (positions among all samples of the step) into optimizer steps.
 
     ``groups`` are those of this process; a sample belongs to the process that owns its group, by
     ``owners``.
-    Which samples share an optimizer step depends on ``order`` alone.  Every process gets equally
-    many micro-batches in a window; a short one repeats work with weight 0.
+    Which samples share an optimizer step depends on ``order`` alone; with ``whole_groups`` those of
+    one group do.  Every process gets equally many micro-batches in a window; a short one repeats
+    work with weight 0.
     """
     first = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(group_of).cumsum(0)])
     mine = {group.request.index: group for group in groups}
     filler = Sample(groups[0], 0, int(first[groups[0].request.index]), weight=0.0)
     windows = []
-    for chunk in torch.tensor_split(torch.tensor(order), num_windows):
-        if not len(chunk):
-            continue  # fewer samples were kept than there are windows
+    for chunk in _chunks(order, group_of, num_windows, whole_groups):
         by_rank: list[list[int]] = [[] for _ in range(world)]
-        for position in chunk.tolist():
+        for position in chunk:
             by_rank[owners[int(group_of[position])]].append(position)
         count = max(1, *(-(-len(positions) // shape.samples) for positions in by_rank))
         samples = []
@@ -100,3 +100,17 @@ def plan_windows(
             Window([MicroBatch(r, decisions) for r in rows for decisions in shape.decisions])
         )
     return windows
+
+
+def _chunks(
+    order: Sequence[int], group_of: torch.Tensor, count: int, whole_groups: bool
+) -> list[list[int]]:
+    """``order`` in at most ``count`` parts of about one size, none of them empty."""
+    units = [[position] for position in order]
+    if whole_groups:
+        by_group: dict[int, list[int]] = {}
+        for position in order:
+            by_group.setdefault(int(group_of[position]), []).append(position)
+        units = list(by_group.values())
+    parts = torch.tensor_split(torch.arange(len(units)), count)
+    return [[i for unit in part.tolist() for i in units[unit]] for part in parts if len(part)]

@@ -29,8 +29,8 @@ def log_ratio(terms: PolicyTerms, batch: UpdateBatch, importance: Importance) ->
 def clipped_surrogate(
     ratio: Tensor,
     advantages: Tensor,
-    low: float,
-    high: float,
+    low: float | Tensor,
+    high: float | Tensor,
     *,
     dual_clip: float | None = None,
     delta: float | None = None,
@@ -39,9 +39,10 @@ def clipped_surrogate(
 
     ``dual_clip`` bounds it by -A dual_clip where A < 0 (arXiv:1912.09729); ``delta`` bounds
     the r outside the clamp (arXiv:2505.07291).  ``ratio`` is [B, K] or [B, 1], ``advantages``
-    [B, 1]; the result has the shape of ``ratio``.
+    [B, 1], as are ``low`` and ``high`` where samples have their own; the result has the shape of
+    ``ratio``.
     """
-    clipped = ratio.clamp(1.0 - low, 1.0 + high)
+    clipped = ratio.clamp(*_bounds(low, high, ratio))
     if delta is not None:
         ratio = ratio.clamp(max=delta)
     surrogate = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -51,21 +52,29 @@ def clipped_surrogate(
     return torch.where(advantages < 0, bounded, surrogate)
 
 
-def ratio_metrics(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+def ratio_metrics(
+    ratio: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor
+) -> dict[str, Tensor]:
     """What every clipped objective logs about ``ratio``, in the shape of ``ratio``.
 
     ``ratio/mean``; ``clip_ratio/low`` and ``clip_ratio/high``, the shares of ratios whose clip is
     active given the sign of the advantage, and ``clip_ratio/region``, their sum.
     """
     ratio = ratio.detach()
-    below = (ratio < 1.0 - low) & (advantages < 0)
-    above = (ratio > 1.0 + high) & (advantages > 0)
+    bottom, top = _bounds(low, high, ratio)
+    below, above = (ratio < bottom) & (advantages < 0), (ratio > top) & (advantages > 0)
     return {
         "ratio/mean": ratio,
         "clip_ratio/low": below,
         "clip_ratio/high": above,
         "clip_ratio/region": below | above,
     }
+
+
+def _bounds(low: float | Tensor, high: float | Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest ratio, rounded once to its dtype."""
+    bottom, top = (torch.as_tensor(x, dtype=torch.float64) for x in (low, high))
+    return (1.0 - bottom).to(ratio), (1.0 + top).to(ratio)
 
 
 def approx_kl(terms: PolicyTerms, batch: UpdateBatch) -> Tensor:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.types import Advantages, PolicyTerms, Prompt, Scores, UpdateBatch
+from mmrl.types import Advantages, PolicyTerms, Prompt, Scores, Survey, UpdateBatch
 
 INF = float("inf")
 
@@ -83,11 +83,44 @@ def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, Up
     return terms, batch
 
 
-def fit(module: ModuleType, batch: UpdateBatch) -> UpdateBatch:
-    """``batch`` as the objective wants it: that of DiffusionNFT reads probabilities."""
-    if not module.__name__.endswith(".nft"):
+def fit(module: ModuleType, batch: UpdateBatch, config=None) -> UpdateBatch:
+    """``batch`` as the part wants it: that of DiffusionNFT reads probabilities, others have signals
+    of groups of three, at log-ratios of 0, and a state.
+    """
+    if module.__name__.endswith(".nft"):
+        return replace(batch, advantages=(batch.advantages / 10 + 0.5).clamp(0, 1))
+    if not hasattr(module, "Config"):
         return batch
-    return replace(batch, advantages=(batch.advantages / 10 + 0.5).clamp(0, 1))
+    config = module.Config() if config is None else config
+    return prepared(module, config, batch, torch.arange(len(batch.mask)) // 3, {})
+
+
+def prepared(
+    module: ModuleType, config, batch: UpdateBatch, group: Tensor, log_ratio
+) -> UpdateBatch:
+    """``batch``, a whole optimizer step, with what the trainer gives a part beside terms.
+
+    Rewards are the advantages.  ``log_ratio``: sums over the decisions of each row by the name of
+    the other policy; 0 where absent.
+    """
+    state = module.initial_state(config) if hasattr(module, "initial_state") else {}
+    signals = {}
+    keep = batch.mask.any(1) & (batch.weights > 0)
+    if hasattr(module, "signals"):
+        scores = Scores(combined=batch.advantages, group=group, valid=keep)
+        advantages = Advantages(values=batch.advantages.masked_fill(~keep, 0), keep=keep)
+        signals = dict(module.signals(scores, advantages, config))
+    if hasattr(module, "survey") and module.survey(config):
+        zero = torch.zeros(len(group)).double()
+        survey = Survey(
+            group=group[keep],
+            length=batch.mask.sum(1)[keep].double(),
+            log_ratio={name: log_ratio.get(name, zero)[keep] for name in module.survey(config)},
+            signals={name: value[keep] for name, value in signals.items()},
+        )
+        for name, value in module.couple(survey, config).items():
+            signals[name] = zero.masked_scatter(keep, value)
+    return replace(batch, signals=signals, state=state)
 
 
 def random_scores(seed: int = 0) -> Scores:
@@ -720,7 +753,29 @@ def reduced(module: ModuleType, loss: Tensor, mask: Tensor, weights: Tensor, how
     return module.weighted_sum(loss, coefficients) / module.step_denominator(total)
 
 
+def check_coupling(module: ModuleType) -> None:
+    """A value and its derivative, found apart and put together as constants."""
+    at = float64([0.5, 2.0])
+    value, slope = module.differentiated(lambda x: (x**3).sum(), at)
+    close(value, 8.125)
+    close(slope, [0.75, 12.0])
+    with torch.no_grad():
+        assert torch.equal(module.differentiated(lambda x: (x**3).sum(), at)[1], slope)
+    assert not module.differentiated(lambda x: float64(1.0), at)[1].any()
+    variable = float64([[2.0, 3.0]]).requires_grad_()
+    given = [float64([[5.0]]).requires_grad_(), float64([[-4.0]]).requires_grad_()]
+    found = module.linearised(*given, variable)
+    close(found, [[5.0, 5.0]])
+    gradients = torch.autograd.grad(found.sum(), [variable, *given], allow_unused=True)
+    close(gradients[0], [[-4.0, -4.0]])
+    assert gradients[1:] == (None, None), "both are constants"
+
+
 def check_reduction(module: ModuleType) -> None:
+    rows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
+    for width, expected in ((2, [[1, 2], [4, 0]]), (4, [[1, 2, 3, 0], [4, 0, 0, 0]])):
+        assert module.side_by_side(rows, width).tolist() == expected
+    check_coupling(module)
     terms, batch = random_case()
     mask, weights = batch.mask, float64([1, 0.5, 1, 1, 2, 0])
     loss = terms.logp.detach().masked_fill(~mask, float("nan"))

@@ -12,6 +12,7 @@ from types import ModuleType
 import core_oracles as oracle
 import estimator_oracles
 import pytest
+import ratio_oracles
 import text_oracles
 import verifiable_oracles
 
@@ -59,6 +60,7 @@ CHECKS = {
     "mmrl.modulators.optimality": oracle.check_optimality,
     "mmrl.prompts.round_robin": oracle.check_round_robin,
     "mmrl.reduction": oracle.check_reduction,
+    **ratio_oracles.CHECKS,
 }
 BROKEN = (AssertionError, ArithmeticError, LookupError, RuntimeError, StopIteration)
 BROKEN += (TypeError, ValueError)

@@ -96,7 +96,7 @@ def test_losses(kind, name, on_policy):
     module = resolve(kind, name)
     config = config_of(module)
     terms, batch = random_case(on_policy=on_policy)
-    batch = fit(module, batch)
+    batch = fit(module, batch, config)
     needs = module.needs(config)
     assert isinstance(needs, frozenset)
     assert needs <= set(TERMS)
@@ -138,6 +138,7 @@ def test_a_regulariser_ignores_advantages(kind, name):
     module = resolve(kind, name)
     terms, batch = random_case()
     config = config_of(module)
+    batch = fit(module, batch, config)
     other = replace(batch, advantages=-3 * batch.advantages)
     assert torch.equal(
         module.loss(terms, batch, config).loss, module.loss(terms, other, config).loss
