@@ -46,8 +46,8 @@ class Progress:
     """Where a run stands. ``step``: finished steps; ``updates``: optimizer steps made.
 
     ``bad_updates``: skipped ones in total; ``bad_in_a_row``: the current streak.  ``num_tokens``:
-    tokens of all rollouts, prompts included.  ``sampler`` and ``advantage``: JSON-able states of
-    those parts.
+    tokens of all rollouts, prompts included.  ``sampler``, ``budget`` and ``advantage``: JSON-able
+    states of those parts.
     """
 
     step: int = 0
@@ -56,6 +56,7 @@ class Progress:
     bad_in_a_row: int = 0
     num_tokens: int = 0
     sampler: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
     advantage: dict[str, Any] = field(default_factory=dict)
 
 

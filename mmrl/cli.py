@@ -209,7 +209,7 @@ def list_parts(
         typer.Argument(
             metavar="KIND",
             help="objectives, advantages, modulators, regularisers, corrections, samplers, "
-            "rewards, models or backends; all of them without it.",
+            "budgets, rewards, models or backends; all of them without it.",
         ),
     ] = None,
 ) -> None:

@@ -65,6 +65,11 @@ class PromptsConfig(StrictModel):
         "{prompt: problem, ground_truth: reward_model.ground_truth}; none may be empty",
     )
     sampler: PartField = Field(description="which prompts a step rolls out")
+    budget: PartField | None = Field(
+        default=None,
+        description="how many samples each of them gets, training.group_size on average; null: as "
+        "many as the others",
+    )
 
 
 class OptimizerConfig(StrictModel):
@@ -305,7 +310,7 @@ def parse(data: Mapping[str, Any]) -> RunConfig:
             data[kind] = [parse_part(kind, x, f"{kind}[{i}]") for i, x in enumerate(items)]
     if "rewards" in data:
         data["rewards"] = parse_specs(_as_list(data["rewards"], "rewards"))
-    data["prompts"] = _with_sampler(data.get("prompts"))
+    data["prompts"] = _with_parts(data.get("prompts"))
     evaluation = data.get("evaluation")
     if isinstance(evaluation, dict) and "rewards" in evaluation:
         data["evaluation"] = evaluation | {"rewards": _evaluation_rewards(evaluation["rewards"])}
@@ -328,11 +333,14 @@ def _parse_backend(data: Any) -> Part:
     return Part("backends", name, validate(model, options, "backend"))
 
 
-def _with_sampler(prompts: Any) -> Any:
+def _with_parts(prompts: Any) -> Any:
     if not isinstance(prompts, dict):
         return prompts
     sampler = prompts.get("sampler") or {"name": "uniform"}
-    return prompts | {"sampler": parse_part("samplers", sampler, "prompts.sampler")}
+    parts = {"sampler": parse_part("samplers", sampler, "prompts.sampler")}
+    if prompts.get("budget") is not None:
+        parts["budget"] = parse_part("budgets", prompts["budget"], "prompts.budget")
+    return prompts | parts
 
 
 def _split_name(data: Any, path: str) -> tuple[str, dict[str, Any]]:

@@ -28,9 +28,11 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_missing_terms(config)
     training, name = config.training, config.advantage.name
     minimum = getattr(config.advantage.module, "MIN_GROUP_SIZE", 1)
-    if training.group_size < minimum:
+    smallest, _ = group_sizes(config)
+    if smallest < minimum:
+        key = "training.group_size" if config.prompts.budget is None else "prompts.budget"
         raise UserError(
-            f"training.group_size: {training.group_size} is too small for advantage {name!r}, "
+            f"{key}: groups of {smallest} are too small for advantage {name!r}, "
             f"which compares the samples of a group; allowed: {minimum} or more"
         )
     needs_horizon = training.aggregation == "sample_sum_over_horizon"
@@ -49,6 +51,22 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "
             "samples of a step (training.prompts_per_step x training.group_size)"
         )
+
+
+def group_sizes(config: RunConfig) -> tuple[int, int]:
+    """Samples of the smallest and the largest group of a step.
+
+    ``UserError`` for a budget that the run cannot spend.
+    """
+    budget, training = config.prompts.budget, config.training
+    if budget is None:
+        return training.group_size, training.group_size
+    if training.refills:
+        raise UserError(
+            f"prompts.budget: {budget.name!r} spends a fixed number of samples, to which "
+            f"training.refills: {training.refills} would add; allowed: 0"
+        )
+    return budget.module.bounds(budget.config, training.group_size)
 
 
 def refuse_ignored_weights(config: RunConfig) -> None:
@@ -261,6 +279,8 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     updates = size.num_epochs * size.updates_per_epoch
     per_update = -(-samples // size.updates_per_epoch)
     judged = len(evaluation) * config.evaluation.samples_per_prompt
+    least, most = group_sizes(config)
+    each = f"{size.group_size}" if least == most else f"{size.group_size} ({least} to {most})"
     backend = backend_module(config.backend.name, "backend")
     rewards = ", ".join(f"{spec.weight:g} x {spec.label}" for spec in config.rewards)
     if config.kl_in_reward is not None:
@@ -274,7 +294,10 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     return [
         ("run folder", str(config.run_dir)),
         ("prompts", f"{len(training)} for training, {len(evaluation)} held out"),
-        ("samples per step", f"{samples} = {size.prompts_per_step} prompts x {size.group_size}"),
+        (
+            "samples per step",
+            f"{samples} = {size.prompts_per_step} prompts x {each}",
+        ),
         ("micro-batches", f"{batches} per optimizer step, of at most {held} {unit}"),
         ("optimizer steps", f"{size.num_steps * updates} = {size.num_steps} steps x {updates}"),
         ("samples in all", str(samples * size.num_steps)),

@@ -27,13 +27,14 @@ KINDS: dict[str, str] = {
     "regularisers": "mmrl.regularisers",
     "corrections": "mmrl.corrections",
     "samplers": "mmrl.prompts",
+    "budgets": "mmrl.prompts.budgets",
     "rewards": "rewards",
     "models": "diffusion.models",
     "vision_models": "vlm.models",
 }
 # A backend is a package: its ``config`` is read by every command, its ``backend`` only to run.
 BACKENDS: dict[str, str] = {"diffusion": "diffusion", "text": "mmrl.text", "vlm": "vlm"}
-NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
+NOT_PARTS = frozenset({"budgets", "combine", "dataset", "engine", "base", "server", "client"})
 
 
 @cache

@@ -31,6 +31,7 @@ from mmrl.preflight import clip_range, micro_batch_shape, refuse_gap
 from mmrl.rollouts import (
     Batch,
     Trainable,
+    allocate,
     assemble,
     collect_scores,
     due_refresh,
@@ -38,7 +39,8 @@ from mmrl.rollouts import (
     learn,
     make_requests,
     roll_out,
-    sampler_metrics,
+    size_metrics,
+    state_metrics,
     summary,
     trainable_groups,
 )
@@ -105,7 +107,7 @@ class Trainer:
         self.progress = replace(self.progress, step=step + 1)
         return {
             **summary(assemble(rolled.everything), rolled.everything),
-            **sampler_metrics(self.config.prompts.sampler, self.progress.sampler),
+            **self._drawn(requests),
             **refreshed,
             **advantages.metrics,
             **self._reduced(means),
@@ -167,15 +169,25 @@ class Trainer:
             "time/refresh": time.perf_counter() - started,
         }
 
+    def _drawn(self, requests: Sequence[RolloutRequest]) -> dict[str, float]:
+        """What is logged of how the prompts of a step were chosen."""
+        prompts, progress = self.config.prompts, self.progress
+        sizes = {} if prompts.budget is None else size_metrics(requests)
+        found = state_metrics(prompts.sampler, progress.sampler)
+        return found | state_metrics(prompts.budget, progress.budget) | sizes
+
     def _learn(
         self,
         groups: Sequence[RolloutGroup],
         collected: Sequence[GroupScores],
         requests: Sequence[RolloutRequest],
     ) -> None:
-        sampler, state = self.config.prompts.sampler, self.progress.sampler
-        state = learn(sampler, state, self.accelerator, groups, collected, requests)
-        self.progress = replace(self.progress, sampler=state)
+        prompts, rolled = self.config.prompts, (self.accelerator, groups, collected, requests)
+        sampler = learn(prompts.sampler, self.progress.sampler, *rolled)
+        budget = self.progress.budget
+        if prompts.budget is not None:
+            budget = learn(prompts.budget, budget, *rolled)
+        self.progress = replace(self.progress, sampler=sampler, budget=budget)
 
     def _refuse_unscored(self, scores: Scores, collected: Sequence[GroupScores]) -> None:
         """``UserError`` if nothing has a usable reward, at once or step after step.
@@ -211,8 +223,10 @@ class Trainer:
             sampler.config,
             self.progress.sampler,
         )
+        budget = self.config.prompts.budget
+        chosen, sizes = allocate(budget, chosen, training.group_size, self.progress.budget)
         self.progress = replace(self.progress, sampler=state)
-        return make_requests(chosen, training.group_size, seed, step)
+        return make_requests(chosen, sizes, seed, step)
 
     def _penalised(self, rolled: Trainable, scores: Scores, means: Means) -> Scores:
         """``scores``, less the divergence from the reference where the run has it in the reward."""

@@ -22,6 +22,7 @@ FUNCTIONS = {
     "advantages": ("estimate",),
     "modulators": ("modulate",),
     "samplers": ("take",),
+    "budgets": ("bounds", "allocate"),
 }
 KEEPS_UNSCORED = {"none"}
 """Estimators that train on samples without a reward, because they read none."""
@@ -42,6 +43,8 @@ def test_shipped_parts_are_found():
     assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
     assert ("corrections", "importance_sampling") in PARTS
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
+    assert ("samplers", "budgets") not in PARTS
+    assert ("budgets", "knapsack") in PARTS
 
 
 @parts(*FUNCTIONS)
