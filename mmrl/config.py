@@ -188,6 +188,9 @@ class RunConfig(StrictModel):
     )
     advantage: PartField
     modulators: list[PartField] = Field(default=[])
+    selection: list[PartField] = Field(
+        default=[], description="which samples and decisions are trained, one part after another"
+    )
     objective: PartField
     correction: PartField | None = Field(
         default=None, description="weights on the loss of the objective; null: none"
@@ -304,7 +307,7 @@ def parse(data: Mapping[str, Any]) -> RunConfig:
     for key in ("advantage", "objective", "correction"):
         if data.get(key) is not None:
             data[key] = parse_part(f"{key}s", data[key], key)
-    for kind in ("modulators", "regularisers"):
+    for kind in ("modulators", "selection", "regularisers"):
         if data.get(kind) is not None:
             items = _as_list(data[kind], kind)
             data[kind] = [parse_part(kind, x, f"{kind}[{i}]") for i, x in enumerate(items)]

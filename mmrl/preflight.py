@@ -26,15 +26,8 @@ CLIP_SHARE = 0.1
 def refuse_unless_consistent(config: RunConfig) -> None:
     """``UserError`` for combinations of valid options that cannot work together."""
     refuse_missing_terms(config)
-    training, name = config.training, config.advantage.name
-    minimum = getattr(config.advantage.module, "MIN_GROUP_SIZE", 1)
-    smallest, _ = group_sizes(config)
-    if smallest < minimum:
-        key = "training.group_size" if config.prompts.budget is None else "prompts.budget"
-        raise UserError(
-            f"{key}: groups of {smallest} are too small for advantage {name!r}, "
-            f"which compares the samples of a group; allowed: {minimum} or more"
-        )
+    training = config.training
+    refuse_small_groups(config)
     needs_horizon = training.aggregation == "sample_sum_over_horizon"
     if needs_horizon != (training.horizon is not None):
         raise UserError(
@@ -51,6 +44,20 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "
             "samples of a step (training.prompts_per_step x training.group_size)"
         )
+
+
+def refuse_small_groups(config: RunConfig) -> None:
+    """``UserError`` for groups too small for what compares their samples."""
+    smallest, _ = group_sizes(config)
+    key = "training.group_size" if config.prompts.budget is None else "prompts.budget"
+    parts = [("advantage", config.advantage), *(("selection", part) for part in config.selection)]
+    for kind, part in parts:
+        minimum = getattr(part.module, "MIN_GROUP_SIZE", 1)
+        if smallest < minimum:
+            raise UserError(
+                f"{key}: groups of {smallest} are too small for {kind} {part.name!r}, "
+                f"which compares the samples of a group; allowed: {minimum} or more"
+            )
 
 
 def group_sizes(config: RunConfig) -> tuple[int, int]:
@@ -156,6 +163,7 @@ def refuse_missing_terms(config: RunConfig) -> None:
         ("objective", config.objective),
         *(("correction", part) for part in [config.correction] if part is not None),
         *(("regularisers", part) for part in config.regularisers),
+        *(("selection", part) for part in config.selection),
     ]
     asked = [(f"{kind}: {p.name!r}", p.module.needs(p.config)) for kind, p in parts]
     if config.kl_in_reward is not None:
@@ -353,5 +361,5 @@ def refuse_foreign_folder(run: Path, resume: bool) -> None:
 def _pipeline(config: RunConfig) -> str:
     correction = [config.correction] if config.correction is not None else []
     losses = [config.objective, *correction, *config.regularisers]
-    parts = [config.advantage, *config.modulators, *losses]
+    parts = [config.advantage, *config.modulators, *config.selection, *losses]
     return " -> ".join(part.name for part in parts)

@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "objectives": "mmrl.objectives",
     "advantages": "mmrl.advantages",
     "modulators": "mmrl.modulators",
+    "selection": "mmrl.selection",
     "regularisers": "mmrl.regularisers",
     "corrections": "mmrl.corrections",
     "samplers": "mmrl.prompts",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmrl import kl_in_reward, reduction
+from mmrl import kl_in_reward, reduction, selecting
 from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig
@@ -47,6 +47,8 @@ from mmrl.rollouts import (
 from mmrl.types import (
     Advantages,
     Anchor,
+    Moment,
+    PolicyTerms,
     Prompt,
     RolloutGroup,
     RolloutRequest,
@@ -96,7 +98,7 @@ class Trainer:
         requests = self._requests()
         rolled, times = self._collect(requests, means)
         scores = self._penalised(rolled, assemble(rolled.scores), means)
-        advantages = self._advantages(scores, rolled.scores)
+        advantages = self._selected(scores, self._advantages(scores, rolled.scores))
         if self.observe is not None:
             self.observe(rolled, advantages)
         rate = float(self.scheduler.get_last_lr()[0])
@@ -234,16 +236,27 @@ class Trainer:
         if section is None:
             return scores
         total = torch.zeros_like(scores.combined)
-        (window,) = self._windows(rolled, scores, range(len(total)), 1)
-        with torch.no_grad(), self.backend.behaviour():
-            for rows in window.micro_batches:
-                terms = self.backend.evaluate(self._collate(rows), kl_in_reward.NEEDS)
-                kl = kl_in_reward.divergence(terms, rows.drawn, section)
-                means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
-                places = torch.tensor([sample.position for sample in rows.samples])
-                total.index_add_(0, places, kl.sum(1) * rows.weights)
+        for rows, terms in self._before_update(
+            rolled, scores, range(len(total)), kl_in_reward.NEEDS
+        ):
+            kl = kl_in_reward.divergence(terms, rows.drawn, section)
+            means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
+            places = torch.tensor([sample.position for sample in rows.samples])
+            total.index_add_(0, places, kl.sum(1) * rows.weights)
         everywhere = sum_over_processes(self.accelerator, total.tolist())
         return kl_in_reward.penalised(scores, total.new_tensor(everywhere), section)
+
+    def _before_update(
+        self, rolled: Trainable, scores: Scores, order: Sequence[int], needs: frozenset[str]
+    ) -> list[tuple[MicroBatch, PolicyTerms]]:
+        """What the policy that sampled says of the samples ``order`` [n] (no gradient)."""
+        windows = self._windows(rolled, scores, order, 1)
+        with torch.no_grad(), self.backend.behaviour():
+            return [
+                (rows, self.backend.evaluate(self._collate(rows), needs))
+                for window in windows
+                for rows in window.micro_batches
+            ]
 
     def _advantages(self, scores: Scores, collected: Sequence[GroupScores]) -> Advantages:
         part = self.config.advantage
@@ -257,6 +270,33 @@ class Trainer:
             result = modulator.module.modulate(result, scores, modulator.config)
         return result
 
+    @property
+    def _moment(self) -> Moment:
+        config = self.config
+        steps = config.training.num_steps
+        return Moment(step=self.progress.step, num_steps=steps, seed=config.seed)
+
+    def _selected(self, scores: Scores, advantages: Advantages) -> Advantages:
+        for part in self.config.selection:
+            advantages = part.module.select(advantages, scores, self._moment, part.config)
+        return advantages
+
+    def _kept(
+        self, rolled: Trainable, scores: Scores, advantages: Advantages, means: Means
+    ) -> selecting.Kept:
+        """Of this process's samples, the decisions that are trained, where not all of them are."""
+        kept: selecting.Kept = {}
+        for part in self.config.selection:
+            share = selecting.decision_share(part, self._moment)
+            if share < 1:
+                order = advantages.keep.nonzero()[:, 0].tolist()
+                needs = part.module.needs(part.config)
+                asked = self._before_update(rolled, scores, order, needs)
+                keys = selecting.keys_of(part, asked, advantages.values)
+                kept = selecting.largest(self.accelerator, keys, kept, share)
+                means.add(selecting.metrics(keys, kept))
+        return kept
+
     def _update(
         self, rolled: Trainable, scores: Scores, advantages: Advantages, means: Means
     ) -> None:
@@ -265,8 +305,9 @@ class Trainer:
             return
         training = self.config.training
         anchors: Anchors = {}
+        kept = self._kept(rolled, scores, advantages, means)
         for epoch in range(training.num_epochs):
-            windows = self._plan(rolled, scores, advantages, epoch)
+            windows = self._plan(rolled, scores, advantages, epoch, kept)
             if self.replay_gap is None:
                 self._check_replay(windows)
             if epoch == 0 and self._off_policy and not self._trusts(rolled.groups[0]):
@@ -294,7 +335,12 @@ class Trainer:
         return exact and group.logp_old is not None and "mean_gap_old" not in needs_of(self.config)
 
     def _plan(
-        self, rolled: Trainable, scores: Scores, advantages: Advantages, epoch: int
+        self,
+        rolled: Trainable,
+        scores: Scores,
+        advantages: Advantages,
+        epoch: int,
+        kept: selecting.Kept,
     ) -> list[Window]:
         training = self.config.training
         order = torch.arange(len(scores.combined))
@@ -302,11 +348,12 @@ class Trainer:
             key = repr((self.config.seed, self.progress.step, epoch)).encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
-        kept = [i for i in order.tolist() if bool(advantages.keep[i])]
-        return self._windows(rolled, scores, kept, training.updates_per_epoch)
+        order = [i for i in order.tolist() if bool(advantages.keep[i])]
+        parts = {"counts": advantages.counts, "kept": kept}
+        return self._windows(rolled, scores, order, training.updates_per_epoch, **parts)
 
     def _windows(
-        self, rolled: Trainable, scores: Scores, order: Sequence[int], count: int
+        self, rolled: Trainable, scores: Scores, order: Sequence[int], count: int, **parts: Any
     ) -> list[Window]:
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         return plan_windows(
@@ -318,6 +365,7 @@ class Trainer:
             shape=micro_batch_shape(decisions, self.config.training.micro_batch_size),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            **parts,
         )
 
     def _check_replay(self, windows: list[Window]) -> None:
@@ -515,8 +563,10 @@ def needs_of(config: RunConfig) -> frozenset[str]:
 
 
 def needs_of_run(config: RunConfig) -> frozenset[str]:
-    """Terms that a whole run asks of the backend, those of its rewards included."""
-    return needs_of(config) | (kl_in_reward.NEEDS if config.kl_in_reward else frozenset())
+    """Terms that a whole run asks of the backend, those of rewards and selection included."""
+    before = [part.module.needs(part.config) for part in config.selection]
+    before += [kl_in_reward.NEEDS] if config.kl_in_reward else []
+    return needs_of(config).union(*before)
 
 
 def _of_rollout(rows: MicroBatch) -> torch.Tensor:

@@ -13,7 +13,7 @@ from core_oracles import fit, random_case, random_scores
 
 from mmrl.resolve import entries, names, resolve
 from mmrl.schema import StrictModel
-from mmrl.types import TERMS, Advantages, LossTerms
+from mmrl.types import TERMS, Advantages, LossTerms, Moment, Tempering
 
 FUNCTIONS = {
     "objectives": ("needs", "loss"),
@@ -21,6 +21,7 @@ FUNCTIONS = {
     "corrections": ("needs", "correct"),
     "advantages": ("estimate",),
     "modulators": ("modulate",),
+    "selection": ("needs", "select"),
     "samplers": ("take",),
     "budgets": ("bounds", "allocate"),
 }
@@ -45,6 +46,7 @@ def test_shipped_parts_are_found():
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
     assert ("samplers", "budgets") not in PARTS
     assert ("budgets", "knapsack") in PARTS
+    assert {("selection", "d3s"), ("selection", "pf_ppo")} <= set(PARTS)
 
 
 @parts(*FUNCTIONS)
@@ -69,7 +71,7 @@ def test_configuration(kind, name):
         assert config.model_fields["coef"].metadata, "coef has no lower bound"
         with pytest.raises(ValueError, match="coef"):
             config(coef=-1)
-    if kind == "advantages":
+    if kind in ("advantages", "selection"):
         assert resolve(kind, name).MIN_GROUP_SIZE >= 1
 
 
@@ -180,6 +182,31 @@ def test_estimators(kind, name):
     assert not advantages.values[~scores.valid].any()
     assert json.loads(json.dumps(state)) == state
     assert all(isinstance(value, float) for value in advantages.metrics.values())
+
+
+@parts("selection")
+@pytest.mark.parametrize("step", [0, 3])
+def test_selections(kind, name, step):
+    """What is dropped stays dropped, the rest keeps its advantage, earlier metrics and counts."""
+    module = resolve(kind, name)
+    scores = random_scores()
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(13, dtype=torch.float64, generator=draw).masked_fill(~scores.valid, 0)
+    tempering = Tempering(scale=values.abs(), temperature=1.2)
+    given = Advantages(
+        values=values, keep=scores.valid, tempering=tempering, metrics={"reward_std": 1.0}
+    )
+    moment = Moment(step=step, num_steps=4, seed=0)
+    out = module.select(given, scores, moment, module.Config())
+    assert not (out.keep & ~given.keep).any()
+    assert 0 < out.keep.sum() < given.keep.sum()
+    assert torch.equal(out.values, values.where(out.keep, 0.0))
+    assert out.metrics["reward_std"] == 1.0
+    assert out.metrics["selection/samples"] == int(out.keep.sum()) / int(given.keep.sum())
+    assert out.tempering is tempering
+    nothing = replace(given, values=0 * values, keep=torch.zeros(13).bool())
+    assert not module.select(nothing, scores, moment, module.Config()).keep.any()
+    assert module.needs(module.Config()) <= set(TERMS)
 
 
 @parts("modulators")

@@ -59,7 +59,8 @@ class ToyBackend:
         if torch.is_grad_enabled() and self.config.poison_step == self.updates:
             logp = logp * torch.tensor(float("nan"))
         reference = -0.5 * x**2 if "logp_ref" in needs else None
-        return PolicyTerms(logp=logp, logp_ref=reference)
+        entropy = x.abs() + 0.1 if "entropy" in needs else None
+        return PolicyTerms(logp=logp, logp_ref=reference, entropy=entropy)
 
     def anchor(self, batch, needs):
         return [Anchor(logp=row) for row in self.evaluate(batch, needs).logp]
