@@ -47,7 +47,7 @@ class Progress:
 
     ``bad_updates``: skipped ones in total; ``bad_in_a_row``: the current streak.  ``num_tokens``:
     tokens of all rollouts, prompts included.  ``sampler``, ``budget`` and ``advantage``: JSON-able
-    states of those parts.
+    states of those parts; ``modulators``: of each by its place in the list.
     """
 
     step: int = 0
@@ -58,6 +58,7 @@ class Progress:
     sampler: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     advantage: dict[str, Any] = field(default_factory=dict)
+    modulators: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

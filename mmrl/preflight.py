@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import kl_in_reward
 from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
+from mmrl.needs import asked_before_updates, asked_of_updates
 from mmrl.prompts.dataset import load_prompts
 from mmrl.resolve import backend_module
 from mmrl.schema import nearest
@@ -38,6 +38,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_unreached_lengths(config)
     refuse_ignored_weights(config)
     refuse_misread_advantages(config)
+    refuse_misplaced_tempering(config)
     samples = training.prompts_per_step * training.group_size
     if training.updates_per_epoch > samples:
         raise UserError(
@@ -115,6 +116,36 @@ def refuse_misread_advantages(config: RunConfig) -> None:
         )
 
 
+def refuse_misplaced_tempering(config: RunConfig) -> None:
+    """``UserError`` if decisions get advantages of their own that would not reach the objective."""
+    for i, part in enumerate(config.modulators):
+        if not getattr(part.module, "TEMPERS", False):
+            continue
+        if i + 1 < len(config.modulators):
+            raise UserError(
+                f"modulators[{i + 1}]: {config.modulators[i + 1].name!r} would change advantages "
+                f"after {part.name!r} has given decisions their own; put {part.name!r} last"
+            )
+        objective = config.objective
+        if takes_samples_together(objective):
+            raise UserError(
+                f"modulators[{i}]: {part.name!r} gives decisions advantages of their own, but "
+                f"objective {objective.name!r} takes the decisions of a sample together; use one "
+                "that does not (objective.importance: decision)"
+            )
+        if "logp" not in objective.module.needs(objective.config):
+            raise UserError(
+                f"modulators[{i}]: {part.name!r} weighs log-probabilities, which objective "
+                f"{objective.name!r} does not train"
+            )
+
+
+def takes_samples_together(objective: Part) -> bool:
+    """Whether the loss of a decision depends on others, by the importance or by its nature."""
+    together = getattr(objective.module, "WHOLE_SAMPLES", False)
+    return together or getattr(objective.config, "importance", None) == "sample"
+
+
 def makes_probabilities(part: Part) -> bool:
     """Whether a modulator's values are probabilities, where 0 means bad."""
     return getattr(part.module, "MAKES_PROBABILITIES", False)
@@ -159,15 +190,7 @@ def refuse_unreached_lengths(config: RunConfig) -> None:
 def refuse_missing_terms(config: RunConfig) -> None:
     """``UserError`` if a part needs a term that the backend's likelihood does not provide."""
     provided = config.backend.config.provides  # type: ignore[attr-defined]
-    parts = [
-        ("objective", config.objective),
-        *(("correction", part) for part in [config.correction] if part is not None),
-        *(("regularisers", part) for part in config.regularisers),
-        *(("selection", part) for part in config.selection),
-    ]
-    asked = [(f"{kind}: {p.name!r}", p.module.needs(p.config)) for kind, p in parts]
-    if config.kl_in_reward is not None:
-        asked.append(("kl_in_reward", kl_in_reward.NEEDS))
+    asked = [*asked_of_updates(config), *asked_before_updates(config)]
     for who, needs in asked:
         missing = needs - provided
         if missing:

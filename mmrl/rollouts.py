@@ -17,7 +17,7 @@ from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.sharding import is_split
 from mmrl.types import Outcome, Prompt, RolloutGroup, RolloutRequest, Scores
-from rewards.combine import GroupScores, Scorer
+from rewards.combine import TIMED_OUT, GroupScores, Scorer
 
 
 def make_requests(
@@ -142,6 +142,24 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
     values["invalid_samples"] = float((~scores.valid).sum())
     values["num_samples"] = float(len(scores.combined))
     return values
+
+
+def has_hung(collected: Sequence[GroupScores]) -> bool:
+    """Whether a reward took longer than it may."""
+    return any(text.startswith(TIMED_OUT) for g in collected for text in g.failures.values())
+
+
+def why_unscored(scores: Scores, collected: Sequence[GroupScores]) -> str:
+    """A message about a step in which no sample has a usable reward."""
+    failures = {name: text for group in collected for name, text in group.failures.items()}
+    reasons = [f"{name!r} failed on all of them: {text}" for name, text in failures.items()]
+    reasons += [
+        f"no value (NaN) from {name!r}; does the prompts file have the columns it reads?"
+        for name, raw in scores.by_name.items()
+        if name not in failures and bool(torch.isnan(raw).all())
+    ]
+    count = len(scores.valid)
+    return f"rewards: none of the {count} samples of a step got a reward: " + "; ".join(reasons)
 
 
 # Groups without a signal, and others in their place

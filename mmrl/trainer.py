@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmrl import kl_in_reward, reduction, selecting
+from mmrl import kl_in_reward, per_decision, reduction, selecting
 from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig
@@ -27,6 +27,8 @@ from mmrl.distributed import (
 )
 from mmrl.errors import UserError
 from mmrl.metrics import Means
+from mmrl.modulation import modulated, taught
+from mmrl.needs import needs_of
 from mmrl.preflight import clip_range, micro_batch_shape, refuse_gap
 from mmrl.rollouts import (
     Batch,
@@ -35,6 +37,7 @@ from mmrl.rollouts import (
     assemble,
     collect_scores,
     due_refresh,
+    has_hung,
     is_varied,
     learn,
     make_requests,
@@ -43,6 +46,7 @@ from mmrl.rollouts import (
     state_metrics,
     summary,
     trainable_groups,
+    why_unscored,
 )
 from mmrl.types import (
     Advantages,
@@ -53,10 +57,11 @@ from mmrl.types import (
     RolloutGroup,
     RolloutRequest,
     Scores,
+    Tempering,
     UpdateBatch,
 )
 from mmrl.windows import MicroBatch, Window, plan_windows
-from rewards.combine import TIMED_OUT, GroupScores, Scorer
+from rewards.combine import GroupScores, Scorer
 
 ANCHORED = frozenset({"logp", "mean_gap_old"})
 """Terms by which an objective compares the policy with the one that sampled."""
@@ -105,14 +110,16 @@ class Trainer:
         _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(self.progress.updates)
+        logged = self._reduced(means)
+        states = taught(self.config.modulators, logged, self.progress.modulators)
         cpu_time = sum_over_processes(self.accelerator, [time.process_time() - cpu_started])
-        self.progress = replace(self.progress, step=step + 1)
+        self.progress = replace(self.progress, step=step + 1, modulators=states)
         return {
             **summary(assemble(rolled.everything), rolled.everything),
             **self._drawn(requests),
             **refreshed,
             **advantages.metrics,
-            **self._reduced(means),
+            **logged,
             "learning_rate": rate,
             "bad_updates": float(self.progress.bad_updates),
             **times,
@@ -198,21 +205,12 @@ class Trainer:
         the steps it misses, which are logged as skipped.
         """
         self.unscored_in_a_row += 1
-        failures = {name: text for group in collected for name, text in group.failures.items()}
-        hung = any(text.startswith(TIMED_OUT) for text in failures.values())
         worked = self.progress.updates > 0
-        if (worked or hung) and self.unscored_in_a_row < self.config.training.max_unscored_steps:
+        if (worked or has_hung(collected)) and (
+            self.unscored_in_a_row < self.config.training.max_unscored_steps
+        ):
             return
-        reasons = [f"{name!r} failed on all of them: {text}" for name, text in failures.items()]
-        reasons += [
-            f"no value (NaN) from {name!r}; does the prompts file have the columns it reads?"
-            for name, raw in scores.by_name.items()
-            if name not in failures and bool(torch.isnan(raw).all())
-        ]
-        raise UserError(
-            f"rewards: none of the {len(scores.valid)} samples of a step got a reward: "
-            + "; ".join(reasons)
-        )
+        raise UserError(why_unscored(scores, collected))
 
     def _requests(self) -> list[RolloutRequest]:
         training, sampler = self.config.training, self.config.prompts.sampler
@@ -266,9 +264,7 @@ class Trainer:
             self.unscored_in_a_row = 0
         else:
             self._refuse_unscored(scores, collected)
-        for modulator in self.config.modulators:
-            result = modulator.module.modulate(result, scores, modulator.config)
-        return result
+        return modulated(self.config.modulators, result, scores, self.progress.modulators)
 
     @property
     def _moment(self) -> Moment:
@@ -311,7 +307,7 @@ class Trainer:
             if self.replay_gap is None:
                 self._check_replay(windows)
             if epoch == 0 and self._off_policy and not self._trusts(rolled.groups[0]):
-                anchors = self._anchor(windows)
+                anchors = self._anchor(windows, advantages)
             for window in windows:
                 self._update_window(window, advantages, anchors, means)
 
@@ -332,7 +328,8 @@ class Trainer:
         In half precision they are not: batches of other shapes are rounded differently.
         """
         exact = self.config.backend.config.mixed_precision == "no"  # type: ignore[attr-defined]
-        return exact and group.logp_old is not None and "mean_gap_old" not in needs_of(self.config)
+        remembered = needs_of(self.config) & {"mean_gap_old", per_decision.TERM}
+        return exact and group.logp_old is not None and not remembered
 
     def _plan(
         self,
@@ -392,30 +389,36 @@ class Trainer:
         clip = clip_range(self.config) if self._off_policy else None
         refuse_gap(float(self.replay_gap.max()), precision, clip)
 
-    def _anchor(self, windows: list[Window]) -> Anchors:
+    def _anchor(self, windows: list[Window], advantages: Advantages) -> Anchors:
         """Every row of the step under the policy that sampled."""
         anchors: Anchors = {}
-        needs = needs_of(self.config)
         with torch.no_grad(), self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
-                anchors |= zip(
-                    rows.keys, self.backend.anchor(self._collate(rows), needs), strict=True
-                )
+                batch = self._collate(rows, tempering=advantages.tempering)
+                found = self.backend.anchor(batch, self._needs(batch))
+                anchors |= zip(rows.keys, found, strict=True)
         return anchors
+
+    def _needs(self, batch: UpdateBatch) -> frozenset[str]:
+        """Terms that the loss reads of ``batch``."""
+        unused = () if batch.tempering is not None else (per_decision.TERM,)
+        return needs_of(self.config).difference(unused)
 
     def _collate(
         self,
         rows: MicroBatch,
         advantages: Advantages | None = None,
         anchors: Anchors | None = None,
+        tempering: Tempering | None = None,
     ) -> UpdateBatch:
+        places = [sample.position for sample in rows.samples]
         pairs = [(s.group, s.index) for s in rows.samples]
         payload, mask = self.backend.collate(pairs, rows.decisions)
         device = self.accelerator.device
         values = torch.zeros(len(pairs), dtype=torch.float64)
         logp_old, memory = None, None
         if advantages is not None:
-            values = advantages.values[[s.position for s in rows.samples]]
+            values, tempering = advantages.values[places], advantages.tempering
             if anchors:
                 # Padding may have met no anchor pass; its loss has weight 0 whatever stands here.
                 filler = next(
@@ -436,6 +439,7 @@ class Trainer:
             logp_old=logp_old,
             memory=memory,
             tasks=[sample.group.request.prompt.task for sample in rows.samples],
+            tempering=per_decision.of_samples(tempering, places, device),
         )
 
     def _update_window(
@@ -476,7 +480,7 @@ class Trainer:
     ) -> torch.Tensor:
         training, objective = self.config.training, self.config.objective
         correction = self.config.correction
-        terms = self.backend.evaluate(batch, needs_of(self.config))
+        terms = self.backend.evaluate(batch, self._needs(batch))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
         )
@@ -485,12 +489,14 @@ class Trainer:
         def reduce(loss: torch.Tensor) -> torch.Tensor:
             return reduction.weighted_sum(loss, coefficients) / denominator
 
-        policy = objective.module.loss(terms, batch, objective.config)
+        policy = per_decision.loss(objective.module, terms, batch, objective.config)
         if correction is not None:
             policy = correction.module.correct(policy, terms, batch, correction.config)
         total = reduce(policy.loss)
         means.add(terms.metrics)
         means.add(policy.metrics)
+        if any(hasattr(part.module, "learn") for part in self.config.modulators):
+            means.add(reduction.tallies({"surprise": -terms.logp}, batch.mask, batch.weights))
         for part in self.config.regularisers:
             coef: float = part.config.coef  # type: ignore[attr-defined]
             if coef:
@@ -554,19 +560,6 @@ class Trainer:
         seen = self.progress.num_tokens + int(values["num_tokens"])
         self.progress = replace(self.progress, num_tokens=seen)
         return values | {"num_tokens": float(seen)}
-
-
-def needs_of(config: RunConfig) -> frozenset[str]:
-    """Terms that the parts of a run's loss ask of the backend."""
-    parts = [config.objective, config.correction, *config.regularisers]
-    return frozenset({"logp"}.union(*(p.module.needs(p.config) for p in parts if p is not None)))
-
-
-def needs_of_run(config: RunConfig) -> frozenset[str]:
-    """Terms that a whole run asks of the backend, those of rewards and selection included."""
-    before = [part.module.needs(part.config) for part in config.selection]
-    before += [kl_in_reward.NEEDS] if config.kl_in_reward else []
-    return needs_of(config).union(*before)
 
 
 def _of_rollout(rows: MicroBatch) -> torch.Tensor:

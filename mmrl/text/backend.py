@@ -198,26 +198,37 @@ class TextBackend:
         """logp [B, K] float32, and what ``needs`` asks for; metric ``entropy``, nats per token."""
         reference = self._reference_logp(batch) if "logp_ref" in needs else None
         asked = "entropy" in needs
-        found = self._score(batch, with_entropy=True, entropy_slope=asked)
+        found = self._score(
+            batch,
+            with_entropy=True,
+            entropy_slope=asked,
+            # Without a memory the present policy is the one that sampled.
+            second_temperature=_second_temperature(batch, needs) if batch.memory is None else None,
+            with_sum_squares="sum_squares" in needs,
+        )
         assert found.entropy is not None, "it was asked for"
+        tempered = found.tempered
+        if batch.memory is not None and "logp_tempered" in needs:
+            tempered = side_by_side(list(batch.memory))[:, : batch.mask.shape[1]]
         return PolicyTerms(
             logp=found.logp,
             entropy=found.entropy if asked else None,
             logp_ref=reference,
             logp_sampled=_sampled(batch) if "logp_sampled" in needs else None,
+            logp_tempered=tempered,
+            sum_squares=found.sum_squares,
             # A regulariser may add the same numbers again, which leaves the mean as it is.
             metrics=tallies({"entropy": found.entropy}, batch.mask, batch.weights),
         )
 
     @torch.no_grad()
     def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
-        """logp [K] of each row."""
-        del needs
-        return [Anchor(logp=row) for row in self._score(batch).logp]
+        """logp [K] of each row, and in ``memory`` that at the second temperature, if needed."""
+        found = self._score(batch, second_temperature=_second_temperature(batch, needs))
+        memory = [None] * len(found.logp) if found.tempered is None else found.tempered
+        return [Anchor(logp=x, memory=m) for x, m in zip(found.logp, memory, strict=True)]
 
-    def _score(
-        self, batch: UpdateBatch, *, with_entropy: bool = False, entropy_slope: bool = False
-    ) -> Scored:
+    def _score(self, batch: UpdateBatch, *, with_entropy: bool = False, **wanted: Any) -> Scored:
         config = self.config
         with self._autocast():
             return self.model(
@@ -229,7 +240,7 @@ class TextBackend:
                     temperature=config.rollout.temperature,
                     chunk=config.head_chunk,
                     with_entropy=with_entropy,
-                    entropy_slope=entropy_slope,
+                    **wanted,
                     attention=self.attention.name,
                 )
             )
@@ -398,6 +409,13 @@ def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[Pie
             filled += len(piece)
     if batch:
         yield batch
+
+
+def _second_temperature(batch: UpdateBatch, needs: frozenset[str]) -> float | None:
+    if "logp_tempered" not in needs:
+        return None
+    assert batch.tempering is not None, "whoever needs it says at which temperature"
+    return batch.tempering.temperature
 
 
 def _sampled(batch: UpdateBatch) -> Tensor:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from core_oracles import fit, random_case, random_scores
 
+from mmrl.config import Part
+from mmrl.per_decision import apart
+from mmrl.preflight import takes_samples_together
 from mmrl.resolve import entries, names, resolve
 from mmrl.schema import StrictModel
 from mmrl.types import TERMS, Advantages, LossTerms, Moment, Tempering
@@ -40,7 +43,7 @@ def test_shipped_parts_are_found():
     assert {("objectives", "cispo"), ("objectives", "sapo"), ("objectives", "sft")} <= set(PARTS)
     assert {("advantages", "group"), ("advantages", "leave_one_out")} <= set(PARTS)
     assert {("advantages", "g2rpo"), ("regularisers", "entropy")} <= set(PARTS)
-    assert {("modulators", "clip"), ("modulators", "drop_zero")} <= set(PARTS)
+    assert {("modulators", n) for n in ("clip", "drop_zero", "dcpo")} <= set(PARTS)
     assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
     assert ("corrections", "importance_sampling") in PARTS
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
@@ -81,6 +84,8 @@ def test_signatures(kind, name):
     for function in FUNCTIONS[kind]:
         reference = getattr(resolve(kind, names(kind)[0]), function)
         parameters = list(inspect.signature(getattr(module, function)).parameters)
+        if hasattr(module, "learn") and kind == "modulators":
+            assert parameters.pop() == "state", "one that remembers is given what it knows"
         assert parameters == list(inspect.signature(reference).parameters)
         assert get_type_hints(getattr(module, function))["config"] is module.Config
 
@@ -125,6 +130,26 @@ def test_losses_of_a_batch_without_trained_samples(kind, name):
     idle = replace(fit(module, batch), weights=torch.zeros(6).double())
     out = module.loss(terms, idle, config_of(module))
     assert all(pair == (0, 0) for pair in out.metrics.values())
+
+
+@parts("objectives")
+def test_objectives_treat_decisions_apart_or_say_so(kind, name):
+    """Then each decision may have an advantage of its own."""
+    module = resolve(kind, name)
+    config = module.Config()
+    if takes_samples_together(Part(kind, name, config)):
+        return
+    terms, batch = random_case()
+    batch = fit(module, batch)
+    whole = module.loss(terms, batch, config)
+    assert whole.loss.shape == batch.mask.shape
+    values = batch.advantages[:, None].expand(batch.mask.shape)
+    split = module.loss(*apart(terms, batch, values), config)
+    assert torch.equal(split.loss.reshape(6, 5)[batch.mask], whole.loss[batch.mask])
+    assert split.metrics.keys() == whole.metrics.keys()
+    for key, pair in whole.metrics.items():
+        if pair[1] != 4:  # counted by samples
+            assert split.metrics[key] == pytest.approx(pair)
 
 
 @parts("regularisers")
@@ -217,7 +242,8 @@ def test_modulators(kind, name):
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(13, dtype=torch.float64, generator=draw).masked_fill(~scores.valid, 0)
     given = Advantages(values=values, keep=scores.valid, metrics={"reward_std": 1.0})
-    out = module.modulate(given, scores, module.Config())
+    state = ({},) if hasattr(module, "learn") else ()
+    out = module.modulate(given, scores, module.Config(), *state)
     assert isinstance(out, Advantages)
     assert not (out.keep & ~given.keep).any()
     assert not out.values[~given.keep].any()
