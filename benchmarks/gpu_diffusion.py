@@ -54,8 +54,9 @@ from diffusion.models.base import Condition
 from mmrl.adapters import adapters_off
 from mmrl.config import RunConfig
 from mmrl.errors import UserError
+from mmrl.needs import needs_of
 from mmrl.preflight import micro_batch_shape
-from mmrl.trainer import ANCHORED, needs_of
+from mmrl.replay import ANCHORED
 from mmrl.types import RolloutGroup, UpdateBatch
 
 

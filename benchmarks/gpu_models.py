@@ -29,9 +29,9 @@ from diffusion.teachers import Teachers
 from mmrl import config as configuration
 from mmrl.adapters import ADAPTER
 from mmrl.config import RunConfig
+from mmrl.needs import needs_of
 from mmrl.resolve import resolve
 from mmrl.rollouts import make_requests
-from mmrl.trainer import needs_of
 from mmrl.types import DTYPES, TASK, Prompt, RolloutRequest
 
 RECIPES = tables.ROOT / "configs" / "diffusion"

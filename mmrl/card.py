@@ -20,6 +20,7 @@ _PARTS = {
     "objective": "objectives",
     "advantage": "advantages",
     "modulators": "modulators",
+    "selection": "selection",
     "regularisers": "regularisers",
     "correction": "corrections",
     "rewards": "rewards",

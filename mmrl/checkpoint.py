@@ -46,8 +46,9 @@ class Progress:
     """Where a run stands. ``step``: finished steps; ``updates``: optimizer steps made.
 
     ``bad_updates``: skipped ones in total; ``bad_in_a_row``: the current streak.  ``num_tokens``:
-    tokens of all rollouts, prompts included.  ``sampler`` and ``advantage``: JSON-able states of
-    those parts; ``losses``: those of the objective and the regularisers that have one, by key.
+    tokens of all rollouts, prompts included.  ``sampler``, ``budget`` and ``advantage``: JSON-able
+    states of those parts; ``modulators``: of each by its place in the list; ``losses``: of the
+    objective and the regularisers that have one, by key.
     """
 
     step: int = 0
@@ -56,7 +57,9 @@ class Progress:
     bad_in_a_row: int = 0
     num_tokens: int = 0
     sampler: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
     advantage: dict[str, Any] = field(default_factory=dict)
+    modulators: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -208,8 +208,8 @@ def list_parts(
         str | None,
         typer.Argument(
             metavar="KIND",
-            help="objectives, advantages, modulators, regularisers, corrections, samplers, "
-            "rewards, models or backends; all of them without it.",
+            help="objectives, advantages, modulators, selection, regularisers, corrections, "
+            "samplers, budgets, rewards, models or backends; all of them without it.",
         ),
     ] = None,
 ) -> None:

@@ -160,10 +160,12 @@ def _picture(entry: Any) -> dict[str, Any]:
 
 
 def _spread(scores: Sequence[GroupScores], max_rows: int) -> list[GroupScores]:
-    """As many groups as fit, evenly spread."""
-    largest = max((len(score.combined) for score in scores), default=1)
-    count = min(len(scores), max(1, max_rows // largest))
-    return [scores[i * len(scores) // count] for i in range(count)]
+    """As many groups as fit, evenly spread, but at least one."""
+    for count in range(len(scores), 1, -1):
+        chosen = [scores[i * len(scores) // count] for i in range(count)]
+        if sum(len(score.combined) for score in chosen) <= max_rows:
+            return chosen
+    return list(scores[:1])
 
 
 def _alike(values: Sequence[Any]) -> list[Any]:

@@ -71,6 +71,11 @@ class PromptsConfig(StrictModel):
         "(.jinja): `content` is the text as it stands in the source, other names are columns",
     )
     sampler: PartField = Field(description="which prompts a step rolls out")
+    budget: PartField | None = Field(
+        default=None,
+        description="how many samples each of them gets, training.group_size on average; null: as "
+        "many as the others",
+    )
 
 
 class OptimizerConfig(StrictModel):
@@ -189,6 +194,9 @@ class RunConfig(StrictModel):
     )
     advantage: PartField
     modulators: list[PartField] = Field(default=[])
+    selection: list[PartField] = Field(
+        default=[], description="which samples and decisions are trained, one part after another"
+    )
     objective: PartField
     correction: PartField | None = Field(
         default=None, description="weights on the loss of the objective; null: none"
@@ -305,13 +313,13 @@ def parse(data: Mapping[str, Any]) -> RunConfig:
     for key in ("advantage", "objective", "correction"):
         if data.get(key) is not None:
             data[key] = parse_part(f"{key}s", data[key], key)
-    for kind in ("modulators", "regularisers"):
+    for kind in ("modulators", "selection", "regularisers"):
         if data.get(kind) is not None:
             items = _as_list(data[kind], kind)
             data[kind] = [parse_part(kind, x, f"{kind}[{i}]") for i, x in enumerate(items)]
     if "rewards" in data:
         data["rewards"] = parse_specs(_as_list(data["rewards"], "rewards"))
-    data["prompts"] = _with_sampler(data.get("prompts"))
+    data["prompts"] = _with_parts(data.get("prompts"))
     evaluation = data.get("evaluation")
     if isinstance(evaluation, dict) and "rewards" in evaluation:
         data["evaluation"] = evaluation | {"rewards": _evaluation_rewards(evaluation["rewards"])}
@@ -334,11 +342,14 @@ def _parse_backend(data: Any) -> Part:
     return Part("backends", name, validate(model, options, "backend"))
 
 
-def _with_sampler(prompts: Any) -> Any:
+def _with_parts(prompts: Any) -> Any:
     if not isinstance(prompts, dict):
         return prompts
     sampler = prompts.get("sampler") or {"name": "uniform"}
-    return prompts | {"sampler": parse_part("samplers", sampler, "prompts.sampler")}
+    parts = {"sampler": parse_part("samplers", sampler, "prompts.sampler")}
+    if prompts.get("budget") is not None:
+        parts["budget"] = parse_part("budgets", prompts["budget"], "prompts.budget")
+    return prompts | parts
 
 
 def _split_name(data: Any, path: str) -> tuple[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from mmrl.config import Part, RunConfig
 from mmrl.divergences import raw_log_ratio
 from mmrl.errors import require
+from mmrl.needs import asks_survey
 from mmrl.reduction import where_active
 from mmrl.types import Advantages, PolicyTerms, Scores, Survey, UpdateBatch
 from mmrl.windows import MicroBatch, Window
@@ -58,12 +59,6 @@ def step_signals(
     return found
 
 
-def asks_survey(part: Part) -> frozenset[str]:
-    """Whose sample log-ratios a part reads before each optimizer step; mostly none."""
-    ask = getattr(part.module, "survey", None)
-    return ask(part.config) if ask else frozenset()
-
-
 def sample_sums(
     window: Window,
     names: Sequence[str],
@@ -78,13 +73,14 @@ def sample_sums(
     sums = torch.zeros(1 + len(names), size, dtype=torch.float64)
     for rows in window.micro_batches:
         places = torch.tensor([sample.position for sample in rows.samples])
-        if rows.decisions.start == 0:  # a sample counts once, however often it is met
-            sums[0].index_add_(0, places, rows.whole_mask.sum(1) * rows.weights)
+        real = (rows.weights > 0).double()  # a sample counts once here, whatever its weight
+        if rows.decisions.start == 0:
+            sums[0].index_add_(0, places, rows.whole_mask.sum(1) * real)
         if names:
             terms, batch = evaluate(rows)
             for i, name in enumerate(names, 1):
                 gaps = _log_ratio(terms, batch, name).detach().double().sum(1).cpu()
-                sums[i].index_add_(0, places, gaps * rows.weights)
+                sums[i].index_add_(0, places, gaps * real)
     return sums
 
 

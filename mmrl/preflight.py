@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import facts, kl_in_reward
+from mmrl import facts
 from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
+from mmrl.needs import asked_before_updates, asked_of_updates, asks_survey
 from mmrl.prompts.dataset import load_prompts
 from mmrl.resolve import backend_module
 from mmrl.schema import nearest
@@ -27,13 +28,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     """``UserError`` for combinations of valid options that cannot work together."""
     refuse_missing_terms(config)
     training = config.training
-    for kind, part in (("advantage", config.advantage), ("objective", config.objective)):
-        minimum = getattr(part.module, "MIN_GROUP_SIZE", 1)
-        if training.group_size < minimum:
-            raise UserError(
-                f"training.group_size: {training.group_size} is too small for {kind} "
-                f"{part.name!r}, which compares the samples of a group; allowed: {minimum} or more"
-            )
+    refuse_small_groups(config)
     needs_horizon = training.aggregation == "sample_sum_over_horizon"
     if needs_horizon != (training.horizon is not None):
         raise UserError(
@@ -46,6 +41,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_misread_advantages(config)
     refuse_missing_facts(config)
     refuse_contradictions(config)
+    refuse_misplaced_tempering(config)
     samples = training.prompts_per_step * training.group_size
     whole = getattr(config.objective.module, "WHOLE_GROUPS", False)
     if whole and training.updates_per_epoch > training.prompts_per_step:
@@ -59,6 +55,37 @@ def refuse_unless_consistent(config: RunConfig) -> None:
             f"training.updates_per_epoch: {training.updates_per_epoch} is more than the {samples} "
             "samples of a step (training.prompts_per_step x training.group_size)"
         )
+
+
+def refuse_small_groups(config: RunConfig) -> None:
+    """``UserError`` for groups too small for what compares their samples."""
+    smallest, _ = group_sizes(config)
+    key = "training.group_size" if config.prompts.budget is None else "prompts.budget"
+    parts = [("advantage", config.advantage), ("objective", config.objective)]
+    parts += [("selection", part) for part in config.selection]
+    for kind, part in parts:
+        minimum = getattr(part.module, "MIN_GROUP_SIZE", 1)
+        if smallest < minimum:
+            raise UserError(
+                f"{key}: groups of {smallest} are too small for {kind} {part.name!r}, "
+                f"which compares the samples of a group; allowed: {minimum} or more"
+            )
+
+
+def group_sizes(config: RunConfig) -> tuple[int, int]:
+    """Samples of the smallest and the largest group of a step.
+
+    ``UserError`` for a budget that the run cannot spend.
+    """
+    budget, training = config.prompts.budget, config.training
+    if budget is None:
+        return training.group_size, training.group_size
+    if training.refills:
+        raise UserError(
+            f"prompts.budget: {budget.name!r} spends a fixed number of samples, to which "
+            f"training.refills: {training.refills} would add; allowed: 0"
+        )
+    return budget.module.bounds(budget.config, training.group_size)
 
 
 def refuse_ignored_weights(config: RunConfig) -> None:
@@ -98,6 +125,38 @@ def refuse_misread_advantages(config: RunConfig) -> None:
             f"modulators[{makers[0]}]: {name!r} makes probabilities of advantages, which objective "
             f"{config.objective.name!r} would take for advantages; it belongs to 'nft'"
         )
+
+
+def refuse_misplaced_tempering(config: RunConfig) -> None:
+    """``UserError`` if decisions get advantages of their own that would not reach the objective."""
+    for i, part in enumerate(config.modulators):
+        if not getattr(part.module, "TEMPERS", False):
+            continue
+        if i + 1 < len(config.modulators):
+            raise UserError(
+                f"modulators[{i + 1}]: {config.modulators[i + 1].name!r} would change advantages "
+                f"after {part.name!r} has given decisions their own; put {part.name!r} last"
+            )
+        objective = config.objective
+        if takes_samples_together(objective):
+            raise UserError(
+                f"modulators[{i}]: {part.name!r} gives decisions advantages of their own, but "
+                f"objective {objective.name!r} takes the decisions of a sample together; use one "
+                "that does not (objective.importance: decision)"
+            )
+        if "logp" not in objective.module.needs(objective.config):
+            raise UserError(
+                f"modulators[{i}]: {part.name!r} weighs log-probabilities, which objective "
+                f"{objective.name!r} does not train"
+            )
+
+
+def takes_samples_together(objective: Part) -> bool:
+    """Whether the loss of a decision depends on others, by the importance or by its nature."""
+    whole = getattr(objective.module, "needs_whole_samples", None)
+    if asks_survey(objective) or (whole is not None and whole(objective.config)):
+        return True
+    return getattr(objective.config, "importance", None) == "sample"
 
 
 def makes_probabilities(part: Part) -> bool:
@@ -197,14 +256,7 @@ def refuse_unreached_lengths(config: RunConfig) -> None:
 def refuse_missing_terms(config: RunConfig) -> None:
     """``UserError`` if a part needs a term that the backend's likelihood does not provide."""
     provided = config.backend.config.provides  # type: ignore[attr-defined]
-    parts = [
-        ("objective", config.objective),
-        *(("correction", part) for part in [config.correction] if part is not None),
-        *(("regularisers", part) for part in config.regularisers),
-    ]
-    asked = [(f"{kind}: {p.name!r}", p.module.needs(p.config)) for kind, p in parts]
-    if config.kl_in_reward is not None:
-        asked.append(("kl_in_reward", kl_in_reward.NEEDS))
+    asked = [*asked_of_updates(config), *asked_before_updates(config)]
     for who, needs in asked:
         missing = needs - provided
         if missing:
@@ -324,6 +376,8 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     updates = size.num_epochs * size.updates_per_epoch
     per_update = -(-samples // size.updates_per_epoch)
     judged = len(evaluation) * config.evaluation.samples_per_prompt
+    least, most = group_sizes(config)
+    each = f"{size.group_size}" if least == most else f"{size.group_size} ({least} to {most})"
     backend = backend_module(config.backend.name, "backend")
     rewards = ", ".join(f"{spec.weight:g} x {spec.label}" for spec in config.rewards)
     if config.kl_in_reward is not None:
@@ -337,7 +391,10 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     return [
         ("run folder", str(config.run_dir)),
         ("prompts", f"{len(training)} for training, {len(evaluation)} held out"),
-        ("samples per step", f"{samples} = {size.prompts_per_step} prompts x {size.group_size}"),
+        (
+            "samples per step",
+            f"{samples} = {size.prompts_per_step} prompts x {each}",
+        ),
         ("micro-batches", f"{batches} per optimizer step, of at most {held} {unit}"),
         ("optimizer steps", f"{size.num_steps * updates} = {size.num_steps} steps x {updates}"),
         ("samples in all", str(samples * size.num_steps)),
@@ -393,5 +450,5 @@ def refuse_foreign_folder(run: Path, resume: bool) -> None:
 def _pipeline(config: RunConfig) -> str:
     correction = [config.correction] if config.correction is not None else []
     losses = [config.objective, *correction, *config.regularisers]
-    parts = [config.advantage, *config.modulators, *losses]
+    parts = [config.advantage, *config.modulators, *config.selection, *losses]
     return " -> ".join(part.name for part in parts)

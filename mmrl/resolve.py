@@ -24,9 +24,11 @@ KINDS: dict[str, str] = {
     "objectives": "mmrl.objectives",
     "advantages": "mmrl.advantages",
     "modulators": "mmrl.modulators",
+    "selection": "mmrl.selection",
     "regularisers": "mmrl.regularisers",
     "corrections": "mmrl.corrections",
     "samplers": "mmrl.prompts",
+    "budgets": "mmrl.prompts.budgets",
     "rewards": "rewards",
     "models": "diffusion.models",
     "vision_models": "vlm.models",
@@ -35,7 +37,7 @@ KINDS: dict[str, str] = {
 BACKENDS: dict[str, str] = {"diffusion": "diffusion", "text": "mmrl.text", "vlm": "vlm"}
 MODELS, MODEL_KEY = ("models", "vision_models"), "backend.model.family"
 """Kinds that this one key names; the names of others stand in sections of their own."""
-NOT_PARTS = frozenset({"combine", "dataset", "engine", "base", "server", "client"})
+NOT_PARTS = frozenset({"budgets", "combine", "dataset", "engine", "base", "server", "client"})
 
 
 @cache

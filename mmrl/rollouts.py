@@ -16,29 +16,50 @@ from mmrl.config import Part
 from mmrl.distributed import agree_or_raise, deal, gather_items, owner
 from mmrl.errors import UserError
 from mmrl.metrics import Means
+from mmrl.sharding import is_split
 from mmrl.types import Outcome, Prompt, RolloutGroup, RolloutRequest, Scores
-from rewards.combine import GroupScores, RewardSpec, Scorer
+from rewards.combine import TIMED_OUT, GroupScores, RewardSpec, Scorer
 
 
 def make_requests(
-    prompts: Sequence[Prompt], group_size: int, seed: int, stream: int
+    prompts: Sequence[Prompt], sizes: int | Sequence[int], seed: int, stream: int
 ) -> list[RolloutRequest]:
-    """One request for each prompt, numbered in order; samples of a repeated one count on."""
+    """One request for each prompt, numbered in order; samples of a repeated one count on.
+
+    ``sizes``: samples of every group, or of each.
+    """
     before: Counter[str] = Counter()
     requests = []
-    for index, prompt in enumerate(prompts):
+    each = [sizes] * len(prompts) if isinstance(sizes, int) else sizes
+    for index, (prompt, size) in enumerate(zip(prompts, each, strict=True)):
         requests.append(
             RolloutRequest(
                 prompt=prompt,
-                group_size=group_size,
+                group_size=size,
                 seed=seed,
                 stream=stream,
                 index=index,
-                first_sample=before[prompt.id] * group_size,
+                first_sample=before[prompt.id],
             )
         )
-        before[prompt.id] += 1
+        before[prompt.id] += size
     return requests
+
+
+def allocate(
+    budget: Part | None, prompts: Sequence[Prompt], mean_size: int, state: dict[str, Any]
+) -> tuple[list[Prompt], list[int]]:
+    """The prompts of a step and how many samples each gets, ``mean_size`` of each without a budget.
+
+    With one the largest groups come first: dealt in turn, processes then have about equal work.
+    """
+    if budget is None:
+        return list(prompts), [mean_size] * len(prompts)
+    sizes = budget.module.allocate(prompts, mean_size, budget.config, state)
+    assert sum(sizes) == mean_size * len(prompts), "a budget is spent, no more and no less"
+    assert min(sizes) > 0, "every prompt has a group"
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    return [prompts[i] for i in order], [sizes[i] for i in order]
 
 
 def roll_out(
@@ -49,16 +70,31 @@ def roll_out(
     means: Means,
 ) -> list[RolloutGroup]:
     """This process's share of the groups; rewards start as soon as a group is ready."""
-    shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    shares = deal(len(requests), rank, world)
+    idle = idle_work(requests, rank, world) if is_split(backend.model) else []
     groups = []
     with backend.behaviour():
-        rolled = backend.rollout([requests[s.index] for s in shares])
-        for share, group in zip(shares, rolled, strict=True):
+        rolled = backend.rollout([*(requests[s.index] for s in shares), *idle])
+        for share, group in zip([*shares, *[None] * len(idle)], rolled, strict=True):
+            if share is None:
+                continue
             groups.append(group)
             if not share.padding:
                 means.add(group.metrics)
                 scorer.submit(group)
     return groups
+
+
+def idle_work(requests: Sequence[RolloutRequest], rank: int, world: int) -> list[RolloutRequest]:
+    """A request that gives a process as many samples as the busiest one has, if it has fewer.
+
+    Where weights are split, all processes must make the same forwards.
+    """
+    held = [[requests[s.index] for s in deal(len(requests), r, world)] for r in range(world)]
+    totals = [sum(request.group_size for request in each) for each in held]
+    short = max(totals) - totals[rank]
+    return [replace(held[rank][0], group_size=short)] if short else []
 
 
 def collect_scores(accelerator: Accelerator, scorer: Scorer) -> list[GroupScores]:
@@ -138,6 +174,24 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
     return values
 
 
+def has_hung(collected: Sequence[GroupScores]) -> bool:
+    """Whether a reward took longer than it may."""
+    return any(text.startswith(TIMED_OUT) for g in collected for text in g.failures.values())
+
+
+def why_unscored(scores: Scores, collected: Sequence[GroupScores]) -> str:
+    """A message about a step in which no sample has a usable reward."""
+    failures = {name: text for group in collected for name, text in group.failures.items()}
+    reasons = [f"{name!r} failed on all of them: {text}" for name, text in failures.items()]
+    reasons += [
+        f"no value (NaN) from {name!r}; does the prompts file have the columns it reads?"
+        for name, raw in scores.by_name.items()
+        if name not in failures and bool(torch.isnan(raw).all())
+    ]
+    count = len(scores.valid)
+    return f"rewards: none of the {count} samples of a step got a reward: " + "; ".join(reasons)
+
+
 # Groups without a signal, and others in their place
 
 
@@ -197,7 +251,7 @@ def _renumbered(group: RolloutGroup, index: int) -> RolloutGroup:
     return replace(group, request=replace(group.request, index=index))
 
 
-# What a prompt sampler learns
+# What prompt samplers and budgets learn
 
 
 def due_refresh(sampler: Part, step: int) -> int:
@@ -207,23 +261,24 @@ def due_refresh(sampler: Part, step: int) -> int:
 
 
 def learn(
-    sampler: Part,
+    part: Part,
     state: dict[str, Any],
     accelerator: Accelerator,
     groups: Sequence[RolloutGroup],
     collected: Sequence[GroupScores],
     requests: Sequence[RolloutRequest],
 ) -> dict[str, Any]:
-    """The sampler's state after these groups, the same on every process.
+    """The state of a sampler or a budget after these groups, the same on every process.
 
     ``groups`` are those of this process, ``collected`` and ``requests`` all of them.
     """
-    if not hasattr(sampler.module, "learn"):
+    if not hasattr(part.module, "learn"):
         return state
     mine: list[tuple[int, float]] = []
     error: Exception | None = None
+    measure = getattr(part.module, "measure", lambda group, config: 0.0)
     try:
-        mine = [(g.request.index, sampler.module.measure(g, sampler.config)) for g in groups]
+        mine = [(group.request.index, measure(group, part.config)) for group in groups]
     except UserError as refusal:
         error = refusal
     agree_or_raise(accelerator, error)
@@ -239,13 +294,19 @@ def learn(
         )
         for scores in collected
     ]
-    return sampler.module.learn(outcomes, sampler.config, state)
+    return part.module.learn(outcomes, part.config, state)
 
 
-def sampler_metrics(sampler: Part, state: dict[str, Any]) -> dict[str, float]:
-    """What a sampler logs of its state."""
-    found = getattr(sampler.module, "metrics", None)
+def state_metrics(part: Part | None, state: dict[str, Any]) -> dict[str, float]:
+    """What a sampler or a budget logs of its state."""
+    found = getattr(part.module, "metrics", None) if part is not None else None
     return found(state) if found else {}
+
+
+def size_metrics(requests: Sequence[RolloutRequest]) -> dict[str, float]:
+    """The least and the most samples of a group, where a budget makes them differ."""
+    sizes = [request.group_size for request in requests]
+    return {"budget/min_group_size": float(min(sizes)), "budget/max_group_size": float(max(sizes))}
 
 
 def _mean(values: torch.Tensor) -> float:

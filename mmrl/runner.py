@@ -37,13 +37,14 @@ from mmrl.distributed import any_process, make_accelerator
 from mmrl.errors import UserError
 from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
 from mmrl.metrics import MetricsFile
+from mmrl.needs import needs_of_run
 from mmrl.progress import Display, make_display
 from mmrl.prompts.dataset import content_id
 from mmrl.resolve import backend_module
 from mmrl.rollouts import Trainable, make_requests
 from mmrl.run_folder import COMPLETIONS, flatten
 from mmrl.sharding import part_of
-from mmrl.trainer import Trainer, needs_of_run
+from mmrl.trainer import Trainer
 from mmrl.types import Advantages, Prompt
 from mmrl.zero import clip_inside_zero, torch_optimizer, uses_zero
 from rewards.combine import Scorer

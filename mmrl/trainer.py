@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmrl import facts, kl_in_reward, reduction
+from mmrl import facts, kl_in_reward, per_decision, reduction, selecting
 from mmrl.backend import Backend
 from mmrl.checkpoint import Progress
-from mmrl.config import RunConfig
+from mmrl.config import Part, RunConfig
 from mmrl.distributed import (
     any_process,
     gather_items,
@@ -28,7 +28,6 @@ from mmrl.distributed import (
 from mmrl.errors import UserError
 from mmrl.loss_parts import (
     Signals,
-    asks_survey,
     coupled,
     initial_states,
     loss_parts,
@@ -39,25 +38,33 @@ from mmrl.loss_parts import (
     view,
 )
 from mmrl.metrics import Means
-from mmrl.preflight import clip_range, micro_batch_shape, refuse_gap
+from mmrl.modulation import modulated, taught
+from mmrl.needs import asks_survey
+from mmrl.preflight import micro_batch_shape
+from mmrl.replay import Anchors, Replay
 from mmrl.rollouts import (
     Batch,
     Trainable,
+    allocate,
     assemble,
     collect_scores,
     due_refresh,
+    has_hung,
     is_varied,
     learn,
     make_requests,
     roll_out,
-    sampler_metrics,
+    size_metrics,
+    state_metrics,
     summary,
     trainable_groups,
+    why_unscored,
     with_facts,
 )
 from mmrl.types import (
     Advantages,
-    Anchor,
+    LossTerms,
+    Moment,
     PolicyTerms,
     Prompt,
     RolloutGroup,
@@ -66,11 +73,7 @@ from mmrl.types import (
     UpdateBatch,
 )
 from mmrl.windows import MicroBatch, Window, plan_windows
-from rewards.combine import TIMED_OUT, GroupScores, Scorer
-
-ANCHORED = frozenset({"logp", "mean_gap_old"})
-"""Terms by which an objective compares the policy with the one that sampled."""
-
+from rewards.combine import GroupScores, Scorer
 
 REFRESH_STREAM = -2
 """Noise of samples that only score prompts, before step 0; those before step n have n less.  The
@@ -79,9 +82,6 @@ evaluation has -1."""
 
 NUM_TOKENS = "num_tokens"
 """Prompt and completion tokens of all samples, where samples have tokens."""
-
-Anchors = dict[tuple[int, int], Anchor]
-"""By the key of a micro-batch's row; empty: the ratio is 1."""
 
 
 @dataclass
@@ -103,6 +103,10 @@ class Trainer:
     unscored_in_a_row: int = 0
     replay_gap: torch.Tensor | None = None
 
+    @property
+    def _replay(self) -> Replay:
+        return Replay(config=self.config, accelerator=self.accelerator, backend=self.backend)
+
     def step(self) -> dict[str, float]:
         """One rollout and its updates; returns what to log."""
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -111,21 +115,23 @@ class Trainer:
         requests = self._requests()
         rolled, times = self._collect(requests, means)
         scores = self._penalised(rolled, self._scores(rolled), means)
-        advantages = self._advantages(scores, rolled.scores)
+        advantages = self._selected(scores, self._advantages(scores, rolled.scores))
         if self.observe is not None:
             self.observe(rolled, advantages)
         rate = float(self.scheduler.get_last_lr()[0])
         _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
         step = self.progress.step
         self.backend.after_update(self.progress.updates)
+        logged = self._reduced(means)
+        states = taught(self.config.modulators, logged, self.progress.modulators)
         cpu_time = sum_over_processes(self.accelerator, [time.process_time() - cpu_started])
-        self.progress = replace(self.progress, step=step + 1)
+        self.progress = replace(self.progress, step=step + 1, modulators=states)
         return {
             **summary(assemble(rolled.everything), rolled.everything),
-            **sampler_metrics(self.config.prompts.sampler, self.progress.sampler),
+            **self._drawn(requests),
             **refreshed,
             **advantages.metrics,
-            **self._reduced(means),
+            **logged,
             "learning_rate": rate,
             "bad_updates": float(self.progress.bad_updates),
             **times,
@@ -189,15 +195,25 @@ class Trainer:
             "time/refresh": time.perf_counter() - started,
         }
 
+    def _drawn(self, requests: Sequence[RolloutRequest]) -> dict[str, float]:
+        """What is logged of how the prompts of a step were chosen."""
+        prompts, progress = self.config.prompts, self.progress
+        sizes = {} if prompts.budget is None else size_metrics(requests)
+        found = state_metrics(prompts.sampler, progress.sampler)
+        return found | state_metrics(prompts.budget, progress.budget) | sizes
+
     def _learn(
         self,
         groups: Sequence[RolloutGroup],
         collected: Sequence[GroupScores],
         requests: Sequence[RolloutRequest],
     ) -> None:
-        sampler, state = self.config.prompts.sampler, self.progress.sampler
-        state = learn(sampler, state, self.accelerator, groups, collected, requests)
-        self.progress = replace(self.progress, sampler=state)
+        prompts, rolled = self.config.prompts, (self.accelerator, groups, collected, requests)
+        sampler = learn(prompts.sampler, self.progress.sampler, *rolled)
+        budget = self.progress.budget
+        if prompts.budget is not None:
+            budget = learn(prompts.budget, budget, *rolled)
+        self.progress = replace(self.progress, sampler=sampler, budget=budget)
 
     def _refuse_unscored(self, scores: Scores, collected: Sequence[GroupScores]) -> None:
         """``UserError`` if nothing has a usable reward, at once or step after step.
@@ -206,21 +222,12 @@ class Trainer:
         the steps it misses, which are logged as skipped.
         """
         self.unscored_in_a_row += 1
-        failures = {name: text for group in collected for name, text in group.failures.items()}
-        hung = any(text.startswith(TIMED_OUT) for text in failures.values())
         worked = self.progress.updates > 0
-        if (worked or hung) and self.unscored_in_a_row < self.config.training.max_unscored_steps:
+        if (worked or has_hung(collected)) and (
+            self.unscored_in_a_row < self.config.training.max_unscored_steps
+        ):
             return
-        reasons = [f"{name!r} failed on all of them: {text}" for name, text in failures.items()]
-        reasons += [
-            f"no value (NaN) from {name!r}; does the prompts file have the columns it reads?"
-            for name, raw in scores.by_name.items()
-            if name not in failures and bool(torch.isnan(raw).all())
-        ]
-        raise UserError(
-            f"rewards: none of the {len(scores.valid)} samples of a step got a reward: "
-            + "; ".join(reasons)
-        )
+        raise UserError(why_unscored(scores, collected))
 
     def _requests(self) -> list[RolloutRequest]:
         training, sampler = self.config.training, self.config.prompts.sampler
@@ -233,8 +240,10 @@ class Trainer:
             sampler.config,
             self.progress.sampler,
         )
+        budget = self.config.prompts.budget
+        chosen, sizes = allocate(budget, chosen, training.group_size, self.progress.budget)
         self.progress = replace(self.progress, sampler=state)
-        return make_requests(chosen, training.group_size, seed, step)
+        return make_requests(chosen, sizes, seed, step)
 
     def _scores(self, rolled: Trainable) -> Scores:
         names, scores = facts.read_by(self.config), assemble(rolled.scores)
@@ -246,14 +255,12 @@ class Trainer:
         if section is None:
             return scores
         total = torch.zeros_like(scores.combined)
-        (window,) = self._windows(rolled, scores, range(len(total)), 1)
-        with torch.no_grad(), self.backend.behaviour():
-            for rows in window.micro_batches:
-                terms = self.backend.evaluate(self._collate(rows), kl_in_reward.NEEDS)
-                kl = kl_in_reward.divergence(terms, rows.drawn, section)
-                means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
-                places = torch.tensor([sample.position for sample in rows.samples])
-                total.index_add_(0, places, kl.sum(1) * rows.weights)
+        windows = self._windows(rolled, scores, range(len(total)), 1)
+        for rows, terms in self._replay.asked(windows, kl_in_reward.NEEDS):
+            kl = kl_in_reward.divergence(terms, rows.drawn, section)
+            means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
+            places = torch.tensor([sample.position for sample in rows.samples])
+            total.index_add_(0, places, kl.sum(1) * rows.weights)
         everywhere = sum_over_processes(self.accelerator, total.tolist())
         return kl_in_reward.penalised(scores, total.new_tensor(everywhere), section)
 
@@ -265,9 +272,34 @@ class Trainer:
             self.unscored_in_a_row = 0
         else:
             self._refuse_unscored(scores, collected)
-        for modulator in self.config.modulators:
-            result = modulator.module.modulate(result, scores, modulator.config)
-        return result
+        return modulated(self.config.modulators, result, scores, self.progress.modulators)
+
+    @property
+    def _moment(self) -> Moment:
+        config = self.config
+        steps = config.training.num_steps
+        return Moment(step=self.progress.step, num_steps=steps, seed=config.seed)
+
+    def _selected(self, scores: Scores, advantages: Advantages) -> Advantages:
+        for part in self.config.selection:
+            advantages = part.module.select(advantages, scores, self._moment, part.config)
+        return advantages
+
+    def _kept(
+        self, rolled: Trainable, scores: Scores, advantages: Advantages, means: Means
+    ) -> selecting.Kept:
+        """Of this process's samples, the decisions that are trained, where not all of them are."""
+        kept: selecting.Kept = {}
+        for part in self.config.selection:
+            share = selecting.decision_share(part, self._moment)
+            if share < 1:
+                order = advantages.keep.nonzero()[:, 0].tolist()
+                windows = self._windows(rolled, scores, order, 1)
+                asked = self._replay.asked(windows, part.module.needs(part.config))
+                keys = selecting.keys_of(part, asked, advantages.values)
+                kept = selecting.largest(self.accelerator, keys, kept, share)
+                means.add(selecting.metrics(keys, kept))
+        return kept
 
     def _update(
         self, rolled: Trainable, scores: Scores, advantages: Advantages, means: Means
@@ -275,15 +307,16 @@ class Trainer:
         if not bool(advantages.keep.any()):
             means.add({"skipped_steps": (1.0, 1.0)})
             return
-        training = self.config.training
+        training, replay = self.config.training, self._replay
         anchors: Anchors = {}
         signals = step_signals(loss_parts(self.config), scores, advantages)
+        kept = self._kept(rolled, scores, advantages, means)
         for epoch in range(training.num_epochs):
-            windows = self._plan(rolled, scores, advantages, epoch)
+            windows = self._plan(rolled, scores, advantages, epoch, kept)
             if self.replay_gap is None:
-                self._check_replay(windows)
-            if epoch == 0 and self._off_policy and not self._trusts(rolled.groups[0]):
-                anchors = self._anchor(windows)
+                self.replay_gap = replay.gaps(windows)
+            if epoch == 0 and replay.off_policy and not replay.trusts(rolled.groups[0]):
+                anchors = replay.anchor(windows, advantages.tempering)
             for window in windows:
                 own = self._coupled(window, scores, anchors, signals)
                 self._update_window(window, advantages, anchors, own, means)
@@ -297,11 +330,11 @@ class Trainer:
         if not asked:
             return signals
         # Strictly on-policy the ratio is 1: nothing has to be evaluated to know that.
-        names = sorted(asked if self._off_policy else asked - {"old"})
+        names = sorted(asked if self._replay.off_policy else asked - {"old"})
         needs = frozenset({"logp", "logp_ref"} if "reference" in names else {"logp"})
 
         def evaluate(rows: MicroBatch) -> tuple[PolicyTerms, UpdateBatch]:
-            batch = self._collate(rows, None, anchors)
+            batch = self._replay.collate(rows, None, anchors)
             return self.backend.evaluate(batch, needs), batch
 
         with torch.no_grad():
@@ -311,27 +344,13 @@ class Trainer:
         survey, places = survey_of(sums, names, asked, scores.group)
         return coupled(parts, signals, survey, places, len(scores.combined))
 
-    @property
-    def _off_policy(self) -> bool:
-        """Whether a part will compare with a policy that is not the present one."""
-        config, training = self.config, self.config.training
-        several = training.num_epochs * training.updates_per_epoch > 1
-        needs = config.objective.module.needs(config.objective.config)
-        parts = config.regularisers
-        weighted = any(getattr(part.config, "ratio_weighted", False) for part in parts)
-        weighted |= config.correction is not None
-        return (bool(needs & ANCHORED) or weighted) and (several or self.backend.off_policy)
-
-    def _trusts(self, group: RolloutGroup) -> bool:
-        """Whether log-probabilities of the rollout are as good as those of a replay.
-
-        In half precision they are not: batches of other shapes are rounded differently.
-        """
-        exact = self.config.backend.config.mixed_precision == "no"  # type: ignore[attr-defined]
-        return exact and group.logp_old is not None and "mean_gap_old" not in needs_of(self.config)
-
     def _plan(
-        self, rolled: Trainable, scores: Scores, advantages: Advantages, epoch: int
+        self,
+        rolled: Trainable,
+        scores: Scores,
+        advantages: Advantages,
+        epoch: int,
+        kept: selecting.Kept,
     ) -> list[Window]:
         training = self.config.training
         order = torch.arange(len(scores.combined))
@@ -339,11 +358,12 @@ class Trainer:
             key = repr((self.config.seed, self.progress.step, epoch)).encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
-        kept = [i for i in order.tolist() if bool(advantages.keep[i])]
-        return self._windows(rolled, scores, kept, training.updates_per_epoch)
+        order = [i for i in order.tolist() if bool(advantages.keep[i])]
+        parts = {"counts": advantages.counts, "kept": kept}
+        return self._windows(rolled, scores, order, training.updates_per_epoch, **parts)
 
     def _windows(
-        self, rolled: Trainable, scores: Scores, order: Sequence[int], count: int
+        self, rolled: Trainable, scores: Scores, order: Sequence[int], count: int, **parts: Any
     ) -> list[Window]:
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         return plan_windows(
@@ -356,78 +376,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             whole_groups=getattr(self.config.objective.module, "WHOLE_GROUPS", False),
-        )
-
-    def _check_replay(self, windows: list[Window]) -> None:
-        """Refuse to train if the samples of a rollout score differently when asked again."""
-        decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
-        # One number for all where samples differ in their decisions.
-        gaps = torch.zeros(decisions or 1, dtype=torch.float64)
-        needs = frozenset({"logp"})
-        with self.backend.behaviour():
-            for rows in (rows for window in windows for rows in window.micro_batches):
-                batch = self._collate(rows)
-                if self._trusts(rows.samples[0].group):
-                    known = _of_rollout(rows).to(self.accelerator.device)
-                else:
-                    with torch.no_grad():
-                        known = self.backend.evaluate(batch, needs).logp
-                replayed = self.backend.evaluate(batch, needs).logp.detach()
-                gap = (replayed - known).double().masked_fill(~batch.mask, 0.0).abs()
-                gap = gap.amax() if decisions is None else gap.amax(0)
-                # Every maximum here keeps a NaN.
-                gaps[rows.decisions] = torch.maximum(gaps[rows.decisions], gap.cpu())
-        self.replay_gap = torch.stack(gather_items(self.accelerator, [gaps])).amax(0)
-        precision = self.config.backend.config.mixed_precision  # type: ignore[attr-defined]
-        clip = clip_range(self.config) if self._off_policy else None
-        refuse_gap(float(self.replay_gap.max()), precision, clip)
-
-    def _anchor(self, windows: list[Window]) -> Anchors:
-        """Every row of the step under the policy that sampled."""
-        anchors: Anchors = {}
-        needs = needs_of(self.config)
-        with torch.no_grad(), self.backend.behaviour():
-            for rows in (rows for window in windows for rows in window.micro_batches):
-                anchors |= zip(
-                    rows.keys, self.backend.anchor(self._collate(rows), needs), strict=True
-                )
-        return anchors
-
-    def _collate(
-        self,
-        rows: MicroBatch,
-        advantages: Advantages | None = None,
-        anchors: Anchors | None = None,
-    ) -> UpdateBatch:
-        pairs = [(s.group, s.index) for s in rows.samples]
-        payload, mask = self.backend.collate(pairs, rows.decisions)
-        device = self.accelerator.device
-        values = torch.zeros(len(pairs), dtype=torch.float64)
-        logp_old, memory = None, None
-        if advantages is not None:
-            values = advantages.values[[s.position for s in rows.samples]]
-        if anchors is not None:
-            if anchors:
-                # Padding may have met no anchor pass; its loss has weight 0 whatever stands here.
-                filler = next(
-                    x for (_, start), x in anchors.items() if start == rows.decisions.start
-                )
-                found = [anchors.get(key, filler) for key in rows.keys]
-                # Longer or shorter ones may have stood beside them than in this batch.
-                logps = [anchor.logp for anchor in found]
-                logp_old = reduction.side_by_side(logps, mask.shape[1])
-                memory = [anchor.memory for anchor in found]
-            elif self._off_policy:
-                logp_old = _of_rollout(rows).to(device)
-        return UpdateBatch(
-            payload=payload,
-            mask=mask.to(device),
-            advantages=values.to(device),
-            weights=rows.weights.to(device),
-            logp_old=logp_old,
-            memory=memory,
-            tasks=[sample.group.request.prompt.task for sample in rows.samples],
-            progress=self.progress.step / self.config.training.num_steps,
+            **parts,
         )
 
     def _update_window(
@@ -442,7 +391,7 @@ class Trainer:
         last = len(window.micro_batches) - 1
         own = {key: Means() for key in self._states}
         for i, rows in enumerate(window.micro_batches):
-            batch = self._collate(rows, advantages, anchors)
+            batch = self._replay.collate(rows, advantages, anchors, progress=self._moment.progress)
             with self._synchronising(i == last):
                 loss = self._loss(batch, rows, denominator, signals, own, means)
                 # DDP averages over processes; the denominator already counts them all.
@@ -482,20 +431,20 @@ class Trainer:
         own: Mapping[str, Means],
         means: Means,
     ) -> torch.Tensor:
-        training, correction = self.config.training, self.config.correction
-        terms = self.backend.evaluate(batch, needs_of(self.config))
+        training = self.config.training
+        terms = self.backend.evaluate(batch, self._replay.needs(batch))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
         )
         coefficients = whole[:, rows.decisions].to(batch.weights)
         places, states = [sample.position for sample in rows.samples], self._states
         means.add(terms.metrics)
+        if any(hasattr(part.module, "learn") for part in self.config.modulators):
+            means.add(reduction.tallies({"surprise": -terms.logp}, batch.mask, batch.weights))
         total = batch.weights.new_zeros(())
         for key, part in loss_parts(self.config).items():
             given = view(batch, key, places, signals, states)
-            found = part.module.loss(terms, given, part.config)
-            if key == "objective" and correction is not None:
-                found = correction.module.correct(found, terms, batch, correction.config)
+            found = self._part_loss(key, part, terms, given)
             means.add(found.metrics)
             if key in own:
                 own[key].add(found.metrics)
@@ -504,6 +453,18 @@ class Trainer:
         # A sum of shares of one global mean: `loss` is that mean, whatever the micro-batches.
         means.add({"loss": (float(total.detach()), 0.0)})
         return total
+
+    def _part_loss(self, key: str, part: Part, terms: PolicyTerms, batch: UpdateBatch) -> LossTerms:
+        """Of the objective, corrected, or of a regulariser."""
+        if key != "objective":
+            return part.module.loss(terms, batch, part.config)
+        found, correction = (
+            per_decision.loss(part.module, terms, batch, part.config),
+            self.config.correction,
+        )
+        if correction is None:
+            return found
+        return correction.module.correct(found, terms, batch, correction.config)
 
     def _optimizer_step(self, means: Means) -> bool:
         """Whether it was made: not with gradients that are not finite."""
@@ -563,26 +524,6 @@ class Trainer:
         seen = self.progress.num_tokens + int(values[NUM_TOKENS])
         self.progress = replace(self.progress, num_tokens=seen)
         return values | {NUM_TOKENS: float(seen)}
-
-
-def needs_of(config: RunConfig) -> frozenset[str]:
-    """Terms that the parts of a run's loss ask of the backend."""
-    parts = [config.objective, config.correction, *config.regularisers]
-    return frozenset({"logp"}.union(*(p.module.needs(p.config) for p in parts if p is not None)))
-
-
-def needs_of_run(config: RunConfig) -> frozenset[str]:
-    """Terms that a whole run asks of the backend, those of its rewards included."""
-    return needs_of(config) | (kl_in_reward.NEEDS if config.kl_in_reward else frozenset())
-
-
-def _of_rollout(rows: MicroBatch) -> torch.Tensor:
-    """[B, K] log-probabilities that the rollout recorded."""
-    known = []
-    for sample in rows.samples:
-        assert sample.group.logp_old is not None, "only asked where the rollout recorded them"
-        known.append(sample.group.logp_old[sample.index])
-    return reduction.side_by_side(known)[:, rows.decisions]
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

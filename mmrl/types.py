@@ -202,14 +202,35 @@ FACTS = ("answer", *FACT_TENSORS)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tempering:
+    """What is added to the advantage of each decision: ``scale`` times a weight of its own.
+
+    ``scale`` [N] float64 (or [B], of a micro-batch).  The weight is p_T / p, at most ``cap``: the
+    probability of the decision under the policy that sampled, the logits of which are divided by
+    ``temperature`` once more, over its probability without that.
+    """
+
+    scale: Tensor
+    temperature: float
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.scale, "scale", 1, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Advantages:
     """``values`` [N] float64, exactly 0 where not kept; ``keep`` [N] bool: trained samples.
 
-    ``metrics``: named scalars for the log.
+    ``counts`` [N] float64: how often each of these counts, above 0 where kept; ``None``: once.
+    ``tempering``: where the decisions of a sample differ in advantage.  ``metrics``: named scalars
+    for the log.
     """
 
     values: Tensor
     keep: Tensor
+    counts: Tensor | None = None
+    tempering: Tempering | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -217,6 +238,30 @@ class Advantages:
         _check(self.keep, "keep", 1, torch.bool)
         require(self.values.shape == self.keep.shape, "values and keep differ in shape")
         require(bool(torch.isfinite(self.values).all()), "an advantage is not finite")
+        if self.counts is not None:
+            _check(self.counts, "counts", 1, torch.float64)
+            require(self.counts.shape == self.keep.shape, "counts and keep differ in shape")
+            require(bool((self.counts[self.keep] > 0).all()), "a kept sample counts nothing")
+        if self.tempering is not None:
+            scale = self.tempering.scale
+            require(scale.shape == self.keep.shape, "scale and keep differ in shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where in a run something is decided: ``step``, counted from 0, of ``num_steps``.
+
+    ``seed``: that of the run.
+    """
+
+    step: int
+    num_steps: int
+    seed: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the run in [0, 1) that lies behind."""
+        return self.step / self.num_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +286,8 @@ class UpdateBatch:
     ``logp_old`` [B, K] or ``None``: ``None`` means strictly on-policy, ratio 1 by construction.
     ``memory``: length B or ``None``: of each row, what the backend's ``anchor`` remembered of the
     policy that sampled.  ``tasks``: length B, that of each sample's prompt, or empty.
-    ``progress``: share of the run's steps that are done, in [0, 1).
+    ``progress``: share of the run's steps that are done, in [0, 1).  ``tempering``: as in
+    ``Advantages``, of these samples.
 
     Of the part that reads the batch: ``signals``: its numbers for each sample, [B] float64 each,
     and ``state``, what it keeps between optimizer steps; empty for a part without.
@@ -257,6 +303,7 @@ class UpdateBatch:
     progress: float = 0.0
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
+    tempering: Tempering | None = None
 
     def __post_init__(self) -> None:
         _check(self.mask, "mask", 2, torch.bool)
@@ -266,6 +313,8 @@ class UpdateBatch:
         require(self.advantages.shape[0] == rows, "advantages and mask differ in rows")
         require(self.weights.shape[0] == rows, "weights and mask differ in rows")
         require(len(self.tasks) in (0, rows), "tasks and mask differ in rows")
+        if self.tempering is not None:
+            require(len(self.tempering.scale) == rows, "scale and mask differ in rows")
         if self.logp_old is not None:
             require(self.logp_old.shape == self.mask.shape, "logp_old and mask differ in shape")
         for name, value in self.signals.items():
@@ -305,11 +354,15 @@ class PolicyTerms:
     """What a backend computed for a micro-batch; a field is ``None`` unless it was asked for.
 
     All are [B, K], float32 or float64, and differentiable with respect to the policy except
-    ``logp_ref``, ``logp_sampled`` and the four numbers of a step named last.  Means are over latent
-    dimensions.
+    ``logp_ref``, ``logp_sampled``, ``logp_tempered``, ``sum_squares`` and the four numbers of a
+    step named last.  Means are over latent dimensions.
 
     ``logp_sampled``: what the sampler itself found when it drew the decision, of the distribution
     that it really came from; 0 where there is none.
+
+    Tokens: ``logp_tempered``: log-probability under the policy that sampled, its logits divided by
+    the batch's ``tempering.temperature`` once more.  ``sum_squares``: sum over the vocabulary of
+    squared probabilities, that two draws would be equal.
 
     Any flow model: ``velocity_gap_reference`` / ``velocity_gap_ema``: mean (v - v_other)^2.
     ``implicit_positive`` / ``implicit_negative``: x0-prediction errors of the policies implied by
@@ -330,7 +383,9 @@ class PolicyTerms:
     logp: Tensor
     logp_ref: Tensor | None = None
     logp_sampled: Tensor | None = None
+    logp_tempered: Tensor | None = None
     entropy: Tensor | None = None
+    sum_squares: Tensor | None = None
     velocity_gap_reference: Tensor | None = None
     velocity_gap_ema: Tensor | None = None
     implicit_positive: Tensor | None = None
@@ -361,7 +416,9 @@ class PolicyTerms:
 OPTIONAL_TERMS = (
     "logp_ref",
     "logp_sampled",
+    "logp_tempered",
     "entropy",
+    "sum_squares",
     "velocity_gap_reference",
     "velocity_gap_ema",
     "implicit_positive",

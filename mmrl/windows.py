@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -11,18 +12,28 @@ from mmrl import reduction
 from mmrl.preflight import MicroBatchShape
 from mmrl.types import RolloutGroup
 
+NOTHING: Mapping[int, torch.Tensor] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Sample:
     """A trained sample of this process: where it is, and its place among all samples of the step.
 
-    ``weight`` 0 marks work done only to keep the processes in step.
+    ``weight``: how often it counts; 0 marks work done only to keep the processes in step.  ``kept``
+    [K] bool: which of its decisions are trained, ``None``: those of its group's mask.
     """
 
     group: RolloutGroup
     index: int
     position: int
     weight: float = 1.0
+    kept: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[K] bool: the decisions that are trained."""
+        mask = self.group.mask[self.index]
+        return mask if self.kept is None else mask & self.kept
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,8 @@ class MicroBatch:
 
     @property
     def whole_mask(self) -> torch.Tensor:
-        """[B, K] with all decisions of the samples, K those of the longest."""
-        return reduction.side_by_side([s.group.mask[s.index] for s in self.samples])
+        """[B, K] with all trained decisions of the samples, K those of the longest."""
+        return reduction.side_by_side([sample.mask for sample in self.samples])
 
     @property
     def drawn(self) -> torch.Tensor:
@@ -72,11 +83,14 @@ def plan_windows(
     rank: int,
     world: int,
     whole_groups: bool = False,
+    counts: torch.Tensor | None = None,
+    kept: Mapping[int, torch.Tensor] = NOTHING,
 ) -> list[Window]:
     """Deal samples ``order`` (positions among all samples of the step) into optimizer steps.
 
     ``groups`` are those of this process; a sample belongs to the process that owns its group, by
-    ``owners``.
+    ``owners``.  ``counts`` [N]: how often each counts; ``None``: once.  ``kept``: of this process's
+    samples by position, the decisions that are trained, where not all of them are.
     Which samples share an optimizer step depends on ``order`` alone; with ``whole_groups`` those of
     one group do.  Every process gets equally many micro-batches in a window; a short one repeats
     work with weight 0.
@@ -93,7 +107,9 @@ def plan_windows(
         samples = []
         for position in by_rank[rank]:
             index = int(group_of[position])
-            samples.append(Sample(mine[index], position - int(first[index]), position))
+            weight = 1.0 if counts is None else float(counts[position])
+            place = position - int(first[index])
+            samples.append(Sample(mine[index], place, position, weight, kept.get(position)))
         rows = [samples[i : i + shape.samples] for i in range(0, len(samples), shape.samples)]
         rows += [[filler]] * (count - len(rows))
         windows.append(

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "mmrl.corrections": MATHS,
     "mmrl.advantages": RECORDS,
     "mmrl.modulators": RECORDS,
+    "mmrl.selection": RECORDS | {"mmrl.noise"},
     "mmrl.prompts": RECORDS | {"mmrl.noise"},
     "mmrl.noise": frozenset(),
     "mmrl.backend": frozenset({"mmrl.errors", "mmrl.types"}),

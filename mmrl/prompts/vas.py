@@ -21,8 +21,9 @@ from pydantic import Field
 
 from mmrl.errors import UserError
 from mmrl.noise import generator
+from mmrl.prompts._outcomes import by_prompt, usable_rewards
 from mmrl.prompts.uniform import permutation
-from mmrl.schema import StrictModel, nearest
+from mmrl.schema import StrictModel
 from mmrl.types import Outcome, Prompt, RolloutGroup
 
 PAPER = "Leng et al. 2025, arXiv:2509.21268"
@@ -133,12 +134,9 @@ def learn(outcomes: Sequence[Outcome], config: Config, state: dict[str, Any]) ->
     Groups of one prompt are taken together.  A prompt without two usable rewards keeps its score.
     ``UserError`` if ``config.reward`` is no label.
     """
-    found: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        found.setdefault(outcome.prompt_id, []).append(outcome)
     scores = dict(state.get("scores", {}))
-    for prompt_id, mine in found.items():
-        rewards = torch.cat([_rewards(outcome, config.reward) for outcome in mine])
+    for prompt_id, mine in by_prompt(outcomes).items():
+        rewards = usable_rewards(mine, config.reward, "prompts.sampler.reward")
         if len(rewards) < 2:
             continue
         variety = sum(outcome.measure for outcome in mine) / len(mine)
@@ -157,17 +155,6 @@ def metrics(state: Mapping[str, Any]) -> dict[str, float]:
         "sampler/mean_score": sum(scores) / len(scores),
         "sampler/zero_scores": sum(score == 0 for score in scores) / len(scores),
     }
-
-
-def _rewards(outcome: Outcome, label: str | None) -> torch.Tensor:
-    """Usable rewards [n] float64 of the named reward, or of all together."""
-    if label is None:
-        return outcome.combined[outcome.valid]
-    if label not in outcome.by_name:
-        hint = nearest(label, sorted(outcome.by_name))
-        raise UserError(f"prompts.sampler.reward: no reward has the label {label!r}; {hint}")
-    values = outcome.by_name[label]
-    return values[torch.isfinite(values)]
 
 
 # Diversity

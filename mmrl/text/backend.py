@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mmrl.attention import Availability
 from mmrl.errors import UserError
 from mmrl.noise import NoiseKey
 from mmrl.reduction import side_by_side, tallies
-from mmrl.sharding import gathered
+from mmrl.sharding import any_goes_on, gathered
 from mmrl.text.config import Config, RolloutConfig
 from mmrl.text.estimate import describe, estimate_memory
 from mmrl.text.generation import Completion, Settings, generate, statistics
@@ -111,19 +110,33 @@ class TextBackend:
         settings = self.config.sampling(evaluation=evaluation)
         # Completions end after unlike numbers of forwards.
         with gathered(self.model):
-            for batch in _batches(requests, settings.batch_size):
-                completions = iter(self._complete(batch, settings))
-                for request in batch:
-                    samples = tuple(next(completions) for _ in range(request.group_size))
-                    yield self._group(request, samples)
+            completions = self._completions(requests, settings)
+            for request in requests:
+                samples = tuple(next(completions) for _ in range(request.group_size))
+                yield self._group(request, samples)
+            assert next(completions, None) is None, "each completion has a group"
 
-    def _complete(
+    def _completions(
         self, requests: Sequence[RolloutRequest], settings: RolloutConfig
-    ) -> list[Completion]:
-        """Samples of some groups, one after another."""
-        prompts = [self._prompt(request.prompt) for request in requests]
-        keys = [_key(request, i) for request in requests for i in range(request.group_size)]
-        owners = [i for i, request in enumerate(requests) for _ in range(request.group_size)]
+    ) -> Iterator[Completion]:
+        """Samples of all groups, one after another.
+
+        Groups of unlike sizes may make unlike numbers of batches: where processes must keep step,
+        one that has no more repeats its last.
+        """
+        batches = list(_batches(requests, settings.batch_size))
+        goes_on, done = any_goes_on(self._network), 0
+        while goes_on(done < len(batches)):
+            found = self._complete(batches[min(done, len(batches) - 1)], settings)
+            if done < len(batches):
+                yield from found
+            done += 1
+
+    def _complete(self, pieces: Sequence[Piece], settings: RolloutConfig) -> list[Completion]:
+        """Samples of some groups or of parts of one, one after another."""
+        prompts = [self._prompt(request.prompt) for request, _ in pieces]
+        keys = [_key(request, i) for request, samples in pieces for i in samples]
+        owners = [i for i, (_, samples) in enumerate(pieces) for _ in samples]
         uniforms = torch.stack([_uniforms(key, settings.max_tokens) for key in keys])
         with torch.no_grad(), self._autocast():
             return self.model(
@@ -186,26 +199,37 @@ class TextBackend:
         """logp [B, K] float32, and what ``needs`` asks for; metric ``entropy``, nats per token."""
         reference = self._reference_logp(batch) if "logp_ref" in needs else None
         asked = "entropy" in needs
-        found = self._score(batch, with_entropy=True, entropy_slope=asked)
+        found = self._score(
+            batch,
+            with_entropy=True,
+            entropy_slope=asked,
+            # Without a memory the present policy is the one that sampled.
+            second_temperature=_second_temperature(batch, needs) if batch.memory is None else None,
+            with_sum_squares="sum_squares" in needs,
+        )
         assert found.entropy is not None, "it was asked for"
+        tempered = found.tempered
+        if batch.memory is not None and "logp_tempered" in needs:
+            tempered = side_by_side(list(batch.memory))[:, : batch.mask.shape[1]]
         return PolicyTerms(
             logp=found.logp,
             entropy=found.entropy if asked else None,
             logp_ref=reference,
             logp_sampled=_sampled(batch) if "logp_sampled" in needs else None,
+            logp_tempered=tempered,
+            sum_squares=found.sum_squares,
             # A regulariser may add the same numbers again, which leaves the mean as it is.
             metrics=tallies({"entropy": found.entropy}, batch.mask, batch.weights),
         )
 
     @torch.no_grad()
     def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> list[Anchor]:
-        """logp [K] of each row."""
-        del needs
-        return [Anchor(logp=row) for row in self._score(batch).logp]
+        """logp [K] of each row, and in ``memory`` that at the second temperature, if needed."""
+        found = self._score(batch, second_temperature=_second_temperature(batch, needs))
+        memory = [None] * len(found.logp) if found.tempered is None else found.tempered
+        return [Anchor(logp=x, memory=m) for x, m in zip(found.logp, memory, strict=True)]
 
-    def _score(
-        self, batch: UpdateBatch, *, with_entropy: bool = False, entropy_slope: bool = False
-    ) -> Scored:
+    def _score(self, batch: UpdateBatch, *, with_entropy: bool = False, **wanted: Any) -> Scored:
         config = self.config
         with self._autocast():
             return self.model(
@@ -217,7 +241,7 @@ class TextBackend:
                     temperature=config.rollout.temperature,
                     chunk=config.head_chunk,
                     with_entropy=with_entropy,
-                    entropy_slope=entropy_slope,
+                    **wanted,
                     attention=self.attention.name,
                 )
             )
@@ -367,17 +391,32 @@ def _notes(config: Config, attention: Availability) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[RolloutRequest]]:
-    """Consecutive requests of at most ``rows`` samples together, or one alone."""
-    filled, number, numbers = 0, 0, []
+Piece = tuple[RolloutRequest, range]
+"""Some samples of a group."""
+
+
+def _batches(requests: Sequence[RolloutRequest], rows: int) -> Iterator[list[Piece]]:
+    """Consecutive groups of at most ``rows`` samples together; only larger ones are cut."""
+    batch: list[Piece] = []
+    filled = 0
     for request in requests:
-        if filled and filled + request.group_size > rows:
-            number, filled = number + 1, 0
-        filled += request.group_size
-        numbers.append(number)
-    paired = zip(numbers, requests, strict=True)
-    for _, batch in groupby(paired, key=lambda pair: pair[0]):
-        yield [request for _, request in batch]
+        size = request.group_size
+        for start in range(0, size, rows):
+            piece = range(start, min(start + rows, size))
+            if filled + len(piece) > rows:
+                yield batch
+                batch, filled = [], 0
+            batch.append((request, piece))
+            filled += len(piece)
+    if batch:
+        yield batch
+
+
+def _second_temperature(batch: UpdateBatch, needs: frozenset[str]) -> float | None:
+    if "logp_tempered" not in needs:
+        return None
+    assert batch.tempering is not None, "whoever needs it says at which temperature"
+    return batch.tempering.temperature
 
 
 def _sampled(batch: UpdateBatch) -> Tensor:

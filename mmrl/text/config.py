@@ -157,7 +157,9 @@ class Config(StrictModel):
     @property
     def provides(self) -> frozenset[str]:
         """Terms of ``mmrl.types.PolicyTerms``."""
-        return frozenset({"logp", "logp_ref", "logp_sampled", "entropy"})
+        return frozenset(
+            {"logp", "logp_ref", "logp_sampled", "logp_tempered", "entropy", "sum_squares"}
+        )
 
     @property
     def num_decisions(self) -> None:

@@ -29,9 +29,11 @@ def score_rows(
     chunk: int,
     with_entropy: bool,
     entropy_slope: bool = True,
+    second_temperature: float | None = None,
+    with_sum_squares: bool = False,
     attention: str = "sdpa",
 ) -> Scored:
-    """``logp`` and ``entropy`` [B, K = ``width``], 0 where a sample has no such token.
+    """What ``mmrl.text.head.score`` finds, [B, K = ``width``], 0 where a sample has no such token.
 
     Without ``entropy_slope`` the entropy has no gradient.  ``attention``: one of
     ``mmrl.text.kernels``; padded rows attend by transformers' own sdpa.
@@ -49,10 +51,12 @@ def score_rows(
         chunk=chunk,
         with_entropy=with_entropy,
         entropy_slope=entropy_slope,
+        second_temperature=second_temperature,
+        with_sum_squares=with_sum_squares,
     )
     shape = (len(rows), width)
-    entropy = None if found.entropy is None else layout.unpack(found.entropy, shape)
-    return Scored(layout.unpack(found.logp, shape), entropy)
+    others = (None if x is None else layout.unpack(x, shape) for x in found[1:])
+    return Scored(layout.unpack(found.logp, shape), *others)
 
 
 def packed_states(network: Any, layout: Layout, attention: str) -> Tensor:

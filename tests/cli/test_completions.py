@@ -7,12 +7,17 @@ import io
 
 import pandas as pd
 import pytest
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from test_report import HOSTILE, assert_self_contained, parse
 
-from mmrl.completions import drop_after, pictures, write_table
+from mmrl.completions import CompletionFiles, drop_after, pictures, write_table
 from mmrl.report import write_report
+from mmrl.rollouts import make_requests
+from mmrl.types import Prompt, RolloutGroup
+from rewards.combine import combined_scores, parse_specs, scored
 
 
 def row(step, prompt="p", completion="c", **columns):
@@ -36,6 +41,36 @@ def test_columns_of_every_kind(tmp_path):
     write_table(path, rows[:1], None)
     assert len(pd.read_parquet(path)) == 1, "replaced, not added to"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def first_number(prompts, outputs, **columns):
+    return [float(text) for text in outputs]
+
+
+def test_groups_of_unlike_sizes_keep_their_own_numbers(tmp_path):
+    sizes = (1, 3, 2)
+    prompts = [Prompt(id=str(n), text=f"size {n}") for n in sizes]
+    groups = [
+        RolloutGroup(
+            request=request,
+            outputs=[f"{request.group_size}.{i}" for i in range(request.group_size)],
+            payload=None,
+            mask=torch.ones(request.group_size, 1).bool(),
+        )
+        for request in make_requests(prompts, sizes, 0, 0)
+    ]
+    spec = parse_specs([{"name": "length"}])
+    outcomes = [[scored(first_number, g, "length")] for g in groups]
+    scores = [combined_scores(g, spec, o) for g, o in zip(groups, outcomes, strict=True)]
+    for most, expected in ((6, "1.0 3.0 3.1 3.2 2.0 2.1"), (3, "1.0")):
+        files = CompletionFiles(
+            folder=tmp_path, accelerator=Accelerator(cpu=True), image_column=None, max_rows=most
+        )
+        files.write("step", 1, groups, scores, torch.arange(6.0))
+        found = pd.read_parquet(tmp_path / "step-000001.parquet")
+        assert found["completion"].tolist() == expected.split()
+        assert found["reward"].tolist() == [float(x) for x in expected.split()]
+        assert found["advantage"].tolist() == list(range(len(expected.split())))
 
 
 def picture(size, colour="red"):

@@ -73,6 +73,8 @@ def random_case(seed: int = 0, on_policy: bool = False) -> tuple[PolicyTerms, Up
         step_std=0.5 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
         diffusion=0.5 + torch.rand(6, 5, dtype=torch.float64, generator=draw),
         logp_sampled=logp.detach() + 0.5 * normal(6, 5),
+        logp_tempered=-normal(6, 5).abs(),
+        sum_squares=torch.rand(6, 5, dtype=torch.float64, generator=draw),
     )
     batch = batch_of(
         torch.arange(5)[None] < lengths[:, None],

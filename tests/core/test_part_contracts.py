@@ -11,9 +11,12 @@ import pytest
 import torch
 from core_oracles import fit, fit_scores, random_case, random_scores
 
+from mmrl.config import Part
+from mmrl.per_decision import apart
+from mmrl.preflight import takes_samples_together
 from mmrl.resolve import entries, names, resolve
 from mmrl.schema import StrictModel
-from mmrl.types import TERMS, Advantages, LossTerms
+from mmrl.types import TERMS, Advantages, LossTerms, Moment, Tempering
 
 FUNCTIONS = {
     "objectives": ("needs", "loss"),
@@ -21,7 +24,9 @@ FUNCTIONS = {
     "corrections": ("needs", "correct"),
     "advantages": ("estimate",),
     "modulators": ("modulate",),
+    "selection": ("needs", "select"),
     "samplers": ("take",),
+    "budgets": ("bounds", "allocate"),
 }
 KEEPS_UNSCORED = {"none"}
 """Estimators that train on samples without a reward, because they read none."""
@@ -38,10 +43,13 @@ def test_shipped_parts_are_found():
     assert {("objectives", "cispo"), ("objectives", "sapo"), ("objectives", "sft")} <= set(PARTS)
     assert {("advantages", "group"), ("advantages", "leave_one_out")} <= set(PARTS)
     assert {("advantages", "g2rpo"), ("regularisers", "entropy")} <= set(PARTS)
-    assert {("modulators", "clip"), ("modulators", "drop_zero")} <= set(PARTS)
+    assert {("modulators", n) for n in ("clip", "drop_zero", "dcpo")} <= set(PARTS)
     assert {("regularisers", "kl_reference"), ("regularisers", "kl_ema")} <= set(PARTS)
     assert ("corrections", "importance_sampling") in PARTS
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
+    assert ("samplers", "budgets") not in PARTS
+    assert ("budgets", "knapsack") in PARTS
+    assert {("selection", "d3s"), ("selection", "pf_ppo")} <= set(PARTS)
 
 
 @parts(*FUNCTIONS)
@@ -66,7 +74,7 @@ def test_configuration(kind, name):
         assert config.model_fields["coef"].metadata, "coef has no lower bound"
         with pytest.raises(ValueError, match="coef"):
             config(coef=-1)
-    if kind == "advantages":
+    if kind in ("advantages", "selection"):
         assert resolve(kind, name).MIN_GROUP_SIZE >= 1
 
 
@@ -76,6 +84,8 @@ def test_signatures(kind, name):
     for function in FUNCTIONS[kind]:
         reference = getattr(resolve(kind, names(kind)[0]), function)
         parameters = list(inspect.signature(getattr(module, function)).parameters)
+        if hasattr(module, "learn") and kind == "modulators":
+            assert parameters.pop() == "state", "one that remembers is given what it knows"
         assert parameters == list(inspect.signature(reference).parameters)
         assert get_type_hints(getattr(module, function))["config"] is module.Config
 
@@ -120,6 +130,26 @@ def test_losses_of_a_batch_without_trained_samples(kind, name):
     idle = replace(fit(module, batch), weights=torch.zeros(6).double())
     out = module.loss(terms, idle, config_of(module))
     assert all(pair == (0, 0) for pair in out.metrics.values())
+
+
+@parts("objectives")
+def test_objectives_treat_decisions_apart_or_say_so(kind, name):
+    """Then each decision may have an advantage of its own."""
+    module = resolve(kind, name)
+    config = module.Config()
+    if takes_samples_together(Part(kind, name, config)):
+        return
+    terms, batch = random_case()
+    batch = fit(module, batch)
+    whole = module.loss(terms, batch, config)
+    assert whole.loss.shape == batch.mask.shape
+    values = batch.advantages[:, None].expand(batch.mask.shape)
+    split = module.loss(*apart(terms, batch, values), config)
+    assert torch.equal(split.loss.reshape(6, 5)[batch.mask], whole.loss[batch.mask])
+    assert split.metrics.keys() == whole.metrics.keys()
+    for key, pair in whole.metrics.items():
+        if pair[1] != 4:  # counted by samples
+            assert split.metrics[key] == pytest.approx(pair)
 
 
 @parts("regularisers")
@@ -180,6 +210,31 @@ def test_estimators(kind, name):
     assert all(isinstance(value, float) for value in advantages.metrics.values())
 
 
+@parts("selection")
+@pytest.mark.parametrize("step", [0, 3])
+def test_selections(kind, name, step):
+    """What is dropped stays dropped, the rest keeps its advantage, earlier metrics and counts."""
+    module = resolve(kind, name)
+    scores = random_scores()
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(13, dtype=torch.float64, generator=draw).masked_fill(~scores.valid, 0)
+    tempering = Tempering(scale=values.abs(), temperature=1.2)
+    given = Advantages(
+        values=values, keep=scores.valid, tempering=tempering, metrics={"reward_std": 1.0}
+    )
+    moment = Moment(step=step, num_steps=4, seed=0)
+    out = module.select(given, scores, moment, module.Config())
+    assert not (out.keep & ~given.keep).any()
+    assert 0 < out.keep.sum() < given.keep.sum()
+    assert torch.equal(out.values, values.where(out.keep, 0.0))
+    assert out.metrics["reward_std"] == 1.0
+    assert out.metrics["selection/samples"] == int(out.keep.sum()) / int(given.keep.sum())
+    assert out.tempering is tempering
+    nothing = replace(given, values=0 * values, keep=torch.zeros(13).bool())
+    assert not module.select(nothing, scores, moment, module.Config()).keep.any()
+    assert module.needs(module.Config()) <= set(TERMS)
+
+
 @parts("modulators")
 def test_modulators(kind, name):
     """What is dropped stays dropped and zero, and earlier metrics stay."""
@@ -188,7 +243,8 @@ def test_modulators(kind, name):
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(13, dtype=torch.float64, generator=draw).masked_fill(~scores.valid, 0)
     given = Advantages(values=values, keep=scores.valid, metrics={"reward_std": 1.0})
-    out = module.modulate(given, scores, module.Config())
+    state = ({},) if hasattr(module, "learn") else ()
+    out = module.modulate(given, scores, module.Config(), *state)
     assert isinstance(out, Advantages)
     assert not (out.keep & ~given.keep).any()
     assert not out.values[~given.keep].any()

@@ -98,6 +98,23 @@ def test_samples_do_not_depend_on_the_batch_size(make, rollout):
     assert (small[0] - small[1]).abs().max() > 0.1
 
 
+def test_groups_of_unlike_sizes_hold_the_samples_of_equal_ones(make):
+    backend = make(rollout={"batch_size": 3})
+    requests = make_requests(group_size=4, count=2)
+    equal = list(backend.rollout(requests))
+    asked = [replace(r, group_size=n) for r, n in zip(requests, (4, 1), strict=True)]
+    ragged = list(backend.rollout(asked))
+    for request, group, whole in zip(asked, ragged, equal, strict=True):
+        expected = whole.payload.x0[: request.group_size]
+        torch.testing.assert_close(group.payload.x0, expected, rtol=0, atol=1e-5)
+    rows = [(group, i) for group in ragged for i in range(group.request.group_size)]
+    whole = [(group, i) for group, n in zip(equal, (4, 1), strict=True) for i in range(n)]
+    found, expected = (
+        backend.evaluate(make_batch(backend, None, rows=x), LOGP).logp for x in (rows, whole)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_samples_follow_the_seed_the_step_and_the_prompt_only(make):
     backend = make()
     base = make_requests()

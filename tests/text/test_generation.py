@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_text import ARCHITECTURES, PROMPTS, make_backend, make_requests, network
+from tiny_text import (
+    ARCHITECTURES,
+    PROMPTS,
+    make_backend,
+    make_batch,
+    make_requests,
+    network,
+)
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from mmrl.text.generation import Completion, Settings, choose, generate, statistics
@@ -140,6 +149,39 @@ def test_samples_do_not_depend_on_the_batch_size(folders):
         for b in (1, 8, 64)
     ]
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_groups_of_unlike_sizes_hold_the_samples_of_equal_ones(folders, size):
+    """A group may also be larger than a batch."""
+    backend = make_backend(folders["qwen3"], {"batch_size": size})
+    equal = list(backend.rollout(make_requests(group_size=7)))
+    sizes = (7, 1, 4)
+    requests = [replace(r, group_size=n) for r, n in zip(make_requests(), sizes, strict=True)]
+    ragged = list(backend.rollout(requests))
+    for request, group, whole in zip(requests, ragged, equal, strict=True):
+        assert group.request == request
+        assert list(group.outputs) == list(whole.outputs[: request.group_size])
+    together = backend.evaluate(make_batch(backend, ragged), frozenset({"logp"})).logp
+    rows = (backend.evaluate(make_batch(backend, [g]), frozenset({"logp"})).logp for g in ragged)
+    alone = [row for logp in rows for row in logp]
+    for row, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(row[: len(other)], other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_process_without_a_further_batch_keeps_step(folders, monkeypatch):
+    """As where ZeRO 3 splits the weights and another process has two batches more."""
+    backend = make_backend(folders["qwen3"], {"batch_size": 4})
+    expected = [g.outputs for g in backend.rollout(make_requests())]
+    answers = iter([True] * 5 + [False])
+    monkeypatch.setattr(
+        "mmrl.text.backend.any_goes_on", lambda network: lambda more: next(answers) or more
+    )
+    asked, complete = [], backend._complete
+    monkeypatch.setattr(backend, "_complete", lambda *a: asked.append(a[0]) or complete(*a))
+    assert [g.outputs for g in backend.rollout(make_requests())] == expected
+    assert len(asked) == 5
+    assert asked[2] == asked[3] == asked[4]
 
 
 def test_seed_step_and_prompt_choose_the_samples(folders):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_text import ARCHITECTURES, make_backend, make_batch, make_requests, network
@@ -10,6 +13,7 @@ from mmrl.text.attention import NAME, register
 from mmrl.text.head import score
 from mmrl.text.layout import Encoded, Row, lay_out
 from mmrl.text.scoring import own_logp, score_rows
+from mmrl.types import Tempering
 from mmrl.weights import trainable
 
 LONG, SHORT = Encoded.of_text((5, 6, 7)), Encoded.of_text((10,))
@@ -125,6 +129,78 @@ def test_log_probabilities_and_entropy_by_a_float64_loop():
         assert float(found.entropy[m]) == pytest.approx(entropy, abs=1e-5)
 
 
+@pytest.mark.parametrize("second", [1.2, 0.8, 1.0])
+@pytest.mark.parametrize("form", ["frozen", "function", "no_grad"])
+def test_other_numbers_of_a_distribution_by_a_float64_loop(form, second):
+    """From the logits that are there anyway: the head is asked once for each chunk."""
+    head, targets = frozen_head(bias=True), torch.tensor([0, 6, 3, 3, 1])
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    calls = []
+    head.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.set_grad_enabled(form != "no_grad"):
+        found = score(
+            (lambda h: head(h)) if form == "function" else head,
+            hidden.clone().requires_grad_(),
+            targets,
+            temperature=0.6,
+            chunk=2,
+            with_entropy=True,
+            entropy_slope=False,
+            second_temperature=second,
+            with_sum_squares=True,
+        )
+    assert len(calls) == 3
+    for m in range(5):
+        logits = [float(x) for x in head(hidden)[m].detach() / 0.6]
+        p, q = ([math.exp(x / t) for x in logits] for t in (1.0, second))
+        p, q = ([x / sum(row) for x in row] for row in (p, q))
+        target = int(targets[m])
+        assert found.logp[m].item() == pytest.approx(math.log(p[target]), abs=1e-5)
+        assert float(found.tempered[m]) == pytest.approx(math.log(q[target]), abs=1e-5)
+        assert float(found.sum_squares[m]) == pytest.approx(sum(x * x for x in p), abs=1e-6)
+        assert float(found.entropy[m]) == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-5)
+    assert found.logp.requires_grad == (form != "no_grad")
+    assert not any(x.requires_grad for x in (found.tempered, found.sum_squares, found.entropy))
+
+
+@pytest.mark.parametrize("slope", [True, False])
+def test_what_else_is_asked_for_changes_no_bit_of_the_rest(slope):
+    head, targets = frozen_head(50, 16, torch.float32), torch.arange(0, 50, 3)
+    states = torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(2))
+    found = []
+    for more in ({}, {"second_temperature": 1.2, "with_sum_squares": True}):
+        leaf = states.clone().requires_grad_()
+        options = {"temperature": 0.8, "chunk": 4, "with_entropy": True, "entropy_slope": slope}
+        scored = score(head, leaf, targets, **options, **more)
+        (scored.logp.sum() + (scored.entropy.sum() if slope else 0.0)).backward()
+        found.append((scored.logp.detach(), scored.entropy.detach(), leaf.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_the_backend_gives_what_is_needed_and_nothing_else(folders):
+    backend = make_backend(folders["qwen3"])
+    batch = make_batch(backend, list(backend.rollout(make_requests())))
+    scale = torch.ones(len(batch.mask), dtype=torch.float64)
+    batch = replace(batch, tempering=Tempering(scale=scale, temperature=1.2))
+    plain = backend.evaluate(batch, frozenset({"logp"}))
+    assert plain.logp_tempered is None
+    assert plain.sum_squares is None
+    needs = frozenset({"logp", "logp_tempered", "sum_squares"})
+    terms = backend.evaluate(batch, needs)
+    assert torch.equal(terms.logp, plain.logp)
+    hotter = make_backend(folders["qwen3"], {"temperature": 1.2})
+    expected = hotter.evaluate(batch, frozenset({"logp"})).logp.detach()
+    torch.testing.assert_close(terms.logp_tempered, expected, rtol=1e-5, atol=1e-5)
+    assert bool((terms.sum_squares >= terms.logp.detach().exp().square())[batch.mask].all())
+    # Of the policy that sampled, when the present one has moved on.
+    anchors = backend.anchor(batch, needs)
+    for parameter in trainable(backend.model).values():
+        parameter.data.add_(0.05)
+    later = backend.evaluate(replace(batch, memory=[a.memory for a in anchors]), needs)
+    assert torch.equal(later.logp_tempered, terms.logp_tempered)
+    assert bool((later.logp != terms.logp)[batch.mask].any())
+
+
 def frozen_head(vocabulary=7, width=4, dtype=torch.float64, bias=False):
     head = torch.nn.Linear(width, vocabulary, bias=bias, dtype=dtype).requires_grad_(False)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
@@ -177,7 +253,7 @@ def test_an_entropy_without_a_slope_is_the_same_number(frozen):
     for slope in (True, False):
         leaf = states.clone().requires_grad_()
         options = {"temperature": 0.8, "chunk": 4, "with_entropy": True, "entropy_slope": slope}
-        logp, entropy = score(form, leaf, targets, **options)
+        logp, entropy, *_ = score(form, leaf, targets, **options)
         assert entropy.requires_grad == slope
         logp.sum().backward()
         found.append((logp.detach(), entropy.detach(), leaf.grad))

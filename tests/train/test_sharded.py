@@ -26,7 +26,13 @@ from mmrl.runner import train
 RUNS = {
     # Trained float32 next to frozen bfloat16 in one sharded block.
     "adapter": ("backend.model.dtype=bf16", "optimizer.learning_rate=1e-4"),
-    "whole": ("backend.model.lora=null", "optimizer.learning_rate=1e-4"),
+    # Groups of 3 and 1: one process would draw two batches more than the other.
+    "whole": (
+        "backend.model.lora=null",
+        "optimizer.learning_rate=1e-4",
+        "prompts.budget.name=toy.budgets",
+        "backend.rollout.batch_size=1",
+    ),
 }
 RESUMED = "adapter"
 LANGUAGE = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -113,6 +115,22 @@ def test_pixels_follow_their_samples_in_any_order(folders, prompts, family):
         width = mask.shape[1]
         expected = whole[order][:, :width]
         torch.testing.assert_close(found * mask, expected * mask, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_groups_of_unlike_sizes_hold_the_samples_of_equal_ones(folders, prompts, family, size):
+    backend = make_backend(folders[family], family, prompts, {"batch_size": size})
+    requests = make_requests(group_size=5, prompts=prompts)
+    equal = list(backend.rollout(requests))
+    sizes = [5, 1, *[2] * (len(requests) - 2)]
+    asked = [replace(r, group_size=n) for r, n in zip(requests, sizes, strict=True)]
+    ragged = list(backend.rollout(asked))
+    for request, group, whole in zip(asked, ragged, equal, strict=True):
+        assert list(group.outputs) == list(whole.outputs[: request.group_size])
+    together = backend.evaluate(make_batch(backend, ragged), LOGP).logp
+    rows = (backend.evaluate(make_batch(backend, [group]), LOGP).logp for group in ragged)
+    for row, other in zip(together, [row for logp in rows for row in logp], strict=True):
+        torch.testing.assert_close(row[: len(other)], other, rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_completions_are_those_of_transformers(folders, prompts, family):

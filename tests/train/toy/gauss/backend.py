@@ -59,10 +59,18 @@ class ToyBackend:
         if torch.is_grad_enabled() and self.config.poison_step == self.updates:
             logp = logp * torch.tensor(float("nan"))
         reference = -0.5 * x**2 if "logp_ref" in needs else None
-        return PolicyTerms(logp=logp, logp_ref=reference)
+        entropy = x.abs() + 0.1 if "entropy" in needs else None
+        tempered = None
+        if "logp_tempered" in needs:  # N(mu, T), without its constant as logp is
+            known = batch.memory is not None
+            own = logp.detach() / batch.tempering.temperature
+            tempered = torch.stack(list(batch.memory)) if known else own
+        return PolicyTerms(logp=logp, logp_ref=reference, entropy=entropy, logp_tempered=tempered)
 
     def anchor(self, batch, needs):
-        return [Anchor(logp=row) for row in self.evaluate(batch, needs).logp]
+        terms = self.evaluate(batch, needs)
+        memory = terms.logp_tempered if "logp_tempered" in needs else [None] * len(terms.logp)
+        return [Anchor(logp=x, memory=m) for x, m in zip(terms.logp, memory, strict=True)]
 
     def behaviour(self):
         return self.averaged() if self.off_policy else nullcontext()

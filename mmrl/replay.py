@@ -1,0 +1,158 @@
+"""Samples of a step asked again: as batches, and under the policy that sampled them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from mmrl import per_decision, reduction
+from mmrl.backend import Backend
+from mmrl.config import RunConfig
+from mmrl.distributed import gather_items
+from mmrl.needs import needs_of
+from mmrl.preflight import clip_range, refuse_gap
+from mmrl.types import Advantages, Anchor, PolicyTerms, RolloutGroup, Tempering, UpdateBatch
+from mmrl.windows import MicroBatch, Window
+
+ANCHORED = frozenset({"logp", "mean_gap_old"})
+"""Terms by which an objective compares the policy with the one that sampled."""
+
+Anchors = dict[tuple[int, int], Anchor]
+"""By the key of a micro-batch's row; empty: the ratio is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Asks ``backend`` about the samples of this process again."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    backend: Backend
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether a part will compare with a policy that is not the present one."""
+        config, training = self.config, self.config.training
+        several = training.num_epochs * training.updates_per_epoch > 1
+        needs = config.objective.module.needs(config.objective.config)
+        parts = config.regularisers
+        weighted = any(getattr(part.config, "ratio_weighted", False) for part in parts)
+        weighted |= config.correction is not None
+        return (bool(needs & ANCHORED) or weighted) and (several or self.backend.off_policy)
+
+    def trusts(self, group: RolloutGroup) -> bool:
+        """Whether log-probabilities of the rollout are as good as those of a replay.
+
+        In half precision they are not: batches of other shapes are rounded differently.
+        """
+        exact = self.config.backend.config.mixed_precision == "no"  # type: ignore[attr-defined]
+        remembered = needs_of(self.config) & {"mean_gap_old", per_decision.TERM}
+        return exact and group.logp_old is not None and not remembered
+
+    def needs(self, batch: UpdateBatch) -> frozenset[str]:
+        """Terms that the loss reads of ``batch``."""
+        unused = () if batch.tempering is not None else (per_decision.TERM,)
+        return needs_of(self.config).difference(unused)
+
+    def asked(
+        self, windows: Sequence[Window], needs: frozenset[str]
+    ) -> list[tuple[MicroBatch, PolicyTerms]]:
+        """What the policy that sampled says of the samples of some windows, without gradient."""
+        with torch.no_grad(), self.backend.behaviour():
+            return [
+                (rows, self.backend.evaluate(self.collate(rows), needs))
+                for window in windows
+                for rows in window.micro_batches
+            ]
+
+    def gaps(self, windows: Sequence[Window]) -> torch.Tensor:
+        """The largest change of each decision's log-probability when it is asked for again.
+
+        One number for all where samples differ in their decisions.  ``UserError`` if it is too
+        large to train.
+        """
+        decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
+        gaps = torch.zeros(decisions or 1, dtype=torch.float64)
+        needs = frozenset({"logp"})
+        with self.backend.behaviour():
+            for rows in (rows for window in windows for rows in window.micro_batches):
+                batch = self.collate(rows)
+                if self.trusts(rows.samples[0].group):
+                    known = _of_rollout(rows).to(self.accelerator.device)
+                else:
+                    with torch.no_grad():
+                        known = self.backend.evaluate(batch, needs).logp
+                replayed = self.backend.evaluate(batch, needs).logp.detach()
+                gap = (replayed - known).double().masked_fill(~batch.mask, 0.0).abs()
+                gap = gap.amax() if decisions is None else gap.amax(0)
+                # Every maximum here keeps a NaN.
+                gaps[rows.decisions] = torch.maximum(gaps[rows.decisions], gap.cpu())
+        found = torch.stack(gather_items(self.accelerator, [gaps])).amax(0)
+        precision = self.config.backend.config.mixed_precision  # type: ignore[attr-defined]
+        clip = clip_range(self.config) if self.off_policy else None
+        refuse_gap(float(found.max()), precision, clip)
+        return found
+
+    def anchor(self, windows: Sequence[Window], tempering: Tempering | None) -> Anchors:
+        """Every row of the step under the policy that sampled."""
+        anchors: Anchors = {}
+        with torch.no_grad(), self.backend.behaviour():
+            for rows in (rows for window in windows for rows in window.micro_batches):
+                batch = self.collate(rows, tempering=tempering)
+                found = self.backend.anchor(batch, self.needs(batch))
+                anchors |= zip(rows.keys, found, strict=True)
+        return anchors
+
+    def collate(
+        self,
+        rows: MicroBatch,
+        advantages: Advantages | None = None,
+        anchors: Anchors | None = None,
+        tempering: Tempering | None = None,
+        progress: float = 0.0,
+    ) -> UpdateBatch:
+        """The batch of some rows.  Only with ``anchors`` it knows the policy that sampled."""
+        places = [sample.position for sample in rows.samples]
+        pairs = [(s.group, s.index) for s in rows.samples]
+        payload, mask = self.backend.collate(pairs, rows.decisions)
+        device = self.accelerator.device
+        values = torch.zeros(len(pairs), dtype=torch.float64)
+        logp_old, memory = None, None
+        if advantages is not None:
+            values, tempering = advantages.values[places], advantages.tempering
+        if anchors is not None:
+            if anchors:
+                # Padding may have met no anchor pass; its loss has weight 0 whatever stands here.
+                filler = next(
+                    x for (_, start), x in anchors.items() if start == rows.decisions.start
+                )
+                found = [anchors.get(key, filler) for key in rows.keys]
+                # Longer or shorter ones may have stood beside them than in this batch.
+                logps = [anchor.logp for anchor in found]
+                logp_old = reduction.side_by_side(logps, mask.shape[1])
+                memory = [anchor.memory for anchor in found]
+            elif self.off_policy:
+                logp_old = _of_rollout(rows).to(device)
+        return UpdateBatch(
+            payload=payload,
+            mask=mask.to(device),
+            advantages=values.to(device),
+            weights=rows.weights.to(device),
+            logp_old=logp_old,
+            memory=memory,
+            tasks=[sample.group.request.prompt.task for sample in rows.samples],
+            progress=progress,
+            tempering=per_decision.of_samples(tempering, places, device),
+        )
+
+
+def _of_rollout(rows: MicroBatch) -> torch.Tensor:
+    """[B, K] log-probabilities that the rollout recorded."""
+    known = []
+    for sample in rows.samples:
+        assert sample.group.logp_old is not None, "only asked where the rollout recorded them"
+        known.append(sample.group.logp_old[sample.index])
+    return reduction.side_by_side(known)[:, rows.decisions]

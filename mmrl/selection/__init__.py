@@ -1,0 +1,1 @@
+"""Which samples and decisions of a step are trained: one file each, ``Config`` and ``select``."""
