@@ -61,4 +61,4 @@ def pair_excess(values: Tensor, group: Tensor, among: Tensor) -> Tensor:
 
 def _members(group: Tensor) -> Iterator[Tensor]:
     """[N] bool of each group."""
-    return (group == identity for identity in sorted(set(group.tolist())))
+    return (group == identity for identity in sorted({int(each) for each in group.cpu()}))
