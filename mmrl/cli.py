@@ -213,14 +213,22 @@ def list_parts(
         ),
     ] = None,
 ) -> None:
-    """The parts a configuration can name: what each does, and its paper."""
+    """The parts a configuration can name: what each does and needs, and its paper.
+
+    Behind the paper: whether the formula was read in code, in the paper, or reconstructed.
+    """
+    from mmrl.listing import requirements
     from mmrl.resolve import KINDS, entries
 
     console = _console()
     for each in [kind] if kind else [*KINDS, "backends"]:
-        table = _table("name", "what it does", "paper", title=each)
-        for entry in entries(each):
-            table.add_row(Text(entry.name, style="bold"), Text(entry.summary), Text(entry.paper))
+        rows = [(entry, requirements(each, entry.name)) for entry in entries(each)]
+        needs = ["needs"] if any(needed for _, needed in rows) else []
+        table = _table("name", "what it does", *needs, "paper", title=each)
+        for entry, needed in rows:
+            evidence = f" ({entry.evidence})" if entry.evidence else ""
+            cells = [entry.summary, *([needed] if needs else []), entry.paper + evidence]
+            table.add_row(Text(entry.name, style="bold"), *map(Text, cells))
         console.print(table)
 
 

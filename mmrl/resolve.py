@@ -101,10 +101,11 @@ class Entry:
     name: str
     summary: str
     paper: str
+    evidence: str = ""
 
 
 def entries(kind: str) -> list[Entry]:
-    """Name, first docstring line and ``PAPER`` of every part, read from source, not imported."""
+    """Name, first docstring line, ``PAPER`` and ``EVIDENCE`` of every part, read from source."""
     if kind == "backends":
         return [_entry(_package(BACKENDS[name]) / "backend.py", name) for name in names(kind)]
     return [_entry(_folder(kind) / f"{name}.py", name) for name in names(kind)]
@@ -113,14 +114,17 @@ def entries(kind: str) -> list[Entry]:
 def _entry(path: Path, name: str) -> Entry:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
-    return Entry(name, summary, next(_strings(tree, "PAPER"), ""))
+    return Entry(name, summary, _text(tree, "PAPER"), _text(tree, "EVIDENCE"))
 
 
-def _strings(tree: ast.Module, variable: str):
+def _text(tree: ast.Module, variable: str) -> str:
+    """What the module assigns to ``variable``, "" if it does not."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            if any(isinstance(t, ast.Name) and t.id == variable for t in node.targets):
-                yield str(node.value.value)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(t, ast.Name) and t.id == variable for t in targets):
+                return str(node.value.value)
+    return ""
 
 
 def _folder(kind: str) -> Path:

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import mmrl.runner
 from mmrl import cli
 from mmrl.errors import UserError
-from mmrl.resolve import KINDS
+from mmrl.listing import requirements
+from mmrl.resolve import KINDS, entries
 from mmrl.schema import StrictModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +200,28 @@ def test_list_names_summary_and_paper():
     (line,) = [line for line in result.output.splitlines() if line.split()[:1] == ["grpo"]]
     assert "arXiv:2402.03300" in line
     assert all(kind in result.output for kind in (*KINDS, "backends"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("objectives", "grpo", ""),
+        ("objectives", "nft", "implicit_negative, implicit_positive (diffusion)"),
+        ("modulators", "adora", "length, truncated"),
+        ("selection", "d3s", "entropy (text, vlm)"),
+        ("regularisers", "orpo_occupancy", "logp_ref"),
+        ("rewards", "ocr", ""),
+    ],
+)
+def test_list_says_what_a_part_needs(kind, name, said):
+    assert requirements(kind, name) == said
+
+
+def test_list_says_how_a_formula_is_known():
+    found = {entry.name: entry.evidence for entry in entries("objectives")}
+    assert found["etr"] == "reconstructed"
+    assert found["gbpo"] == "code"
+    assert "(reconstructed)" in invoke("list", "objectives").output
 
 
 def test_list_of_an_unknown_kind():
