@@ -15,9 +15,13 @@ from torch import Tensor
 
 from mmrl.config import Part, RunConfig
 from mmrl.errors import UserError
-from mmrl.types import RolloutGroup
+from mmrl.reduction import where_active
+from mmrl.types import PolicyTerms, RolloutGroup
 from rewards.combine import RewardSpec
 
+SCORE_NORM = "score_norm"
+SCORE_NORM_NEEDS = frozenset({"logp", "sum_squares"})
+"""The one fact that the policy must be asked about, and by which terms."""
 TEXT_BINS, GRAM, THUMBNAIL = 512, 3, 8
 """Size of the feature vector of a text, letters of a gram, side of a picture's thumbnail."""
 
@@ -36,7 +40,7 @@ def read_by(config: RunConfig) -> frozenset[str]:
 def found_in(config: RunConfig) -> frozenset[str]:
     """Facts that there are in a run."""
     answers = {"answer"} if answerer(config.rewards) else set[str]()
-    return frozenset({"length", "truncated", "features"} | answers)
+    return frozenset({"length", "truncated", "features", SCORE_NORM} | answers)
 
 
 def answerer(specs: Sequence[RewardSpec]) -> Callable[[Any], str | None] | None:
@@ -61,6 +65,15 @@ def of_group(
     if "features" in names:
         found["features"] = torch.stack([features(output) for output in group.outputs])
     return found
+
+
+def score_norm(terms: PolicyTerms, drawn: Tensor) -> Tensor:
+    """[B, K] float64: 1 - 2 pi(y) + sum_v pi(v)^2, the squared norm of d log pi(y) / d logits.
+
+    0 where no decision was ``drawn`` [B, K].
+    """
+    logp, squares = (x.detach().cpu().double() for x in (terms.logp, terms.need("sum_squares")))
+    return where_active(1.0 - 2.0 * logp.exp() + squares, drawn)
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mmrl import kl_in_reward
+from mmrl import facts, kl_in_reward
 from mmrl.config import Part, RunConfig
 
 Asked = tuple[str, frozenset[str]]
@@ -22,7 +22,9 @@ def asked_of_updates(config: RunConfig) -> Iterator[Asked]:
 
 
 def asked_before_updates(config: RunConfig) -> Iterator[Asked]:
-    """By what asks the policy that sampled: rewards and selection."""
+    """By what asks the policy that sampled: rewards, estimators and selection."""
+    if facts.SCORE_NORM in facts.reads(config.advantage):
+        yield f"advantage: {config.advantage.name!r}", facts.SCORE_NORM_NEEDS
     for part in config.selection:
         yield f"selection: {part.name!r}", part.module.needs(part.config)
     if config.kl_in_reward is not None:

@@ -247,22 +247,44 @@ class Trainer:
 
     def _scores(self, rolled: Trainable) -> Scores:
         names, scores = facts.read_by(self.config), assemble(rolled.scores)
-        return with_facts(scores, self.accelerator, rolled, names, self.config.rewards)
+        scores = with_facts(scores, self.accelerator, rolled, names, self.config.rewards)
+        if facts.SCORE_NORM not in names:
+            return scores
+
+        def norm(terms: PolicyTerms, rows: MicroBatch) -> torch.Tensor:
+            return facts.score_norm(terms, rows.drawn)
+
+        norms = self._summed(rolled, scores, facts.SCORE_NORM_NEEDS, norm)
+        return replace(scores, score_norm=norms)
 
     def _penalised(self, rolled: Trainable, scores: Scores, means: Means) -> Scores:
         """``scores``, less the divergence from the reference where the run has it in the reward."""
         section = self.config.kl_in_reward
         if section is None:
             return scores
-        total = torch.zeros_like(scores.combined)
-        windows = self._windows(rolled, scores, range(len(total)), 1)
-        for rows, terms in self._replay.asked(windows, kl_in_reward.NEEDS):
+
+        def divergence(terms: PolicyTerms, rows: MicroBatch) -> torch.Tensor:
             kl = kl_in_reward.divergence(terms, rows.drawn, section)
             means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
+            return kl
+
+        kl = self._summed(rolled, scores, kl_in_reward.NEEDS, divergence)
+        return kl_in_reward.penalised(scores, kl, section)
+
+    def _summed(
+        self,
+        rolled: Trainable,
+        scores: Scores,
+        needs: frozenset[str],
+        value: Callable[[PolicyTerms, MicroBatch], torch.Tensor],
+    ) -> torch.Tensor:
+        """[N] float64, over processes: sums of a ``value`` [B, K] by the policy that sampled."""
+        total = torch.zeros_like(scores.combined)
+        windows = self._windows(rolled, scores, range(len(total)), 1)
+        for rows, terms in self._replay.asked(windows, needs):
             places = torch.tensor([sample.position for sample in rows.samples])
-            total.index_add_(0, places, kl.sum(1) * rows.weights)
-        everywhere = sum_over_processes(self.accelerator, total.tolist())
-        return kl_in_reward.penalised(scores, total.new_tensor(everywhere), section)
+            total.index_add_(0, places, value(terms, rows).sum(1) * rows.weights)
+        return total.new_tensor(sum_over_processes(self.accelerator, total.tolist()))
 
     def _advantages(self, scores: Scores, collected: Sequence[GroupScores]) -> Advantages:
         part = self.config.advantage

@@ -37,7 +37,7 @@ class Config(StrictModel):
     weight: Literal["length", "logits"] = Field(
         default="length",
         description="length: decisions of the sample. logits: squared norm of the gradient to the "
-        "logits, where something finds it out.",
+        "logits (text, vlm; one more forward).",
     )
     leave_one_out: bool = Field(
         default=True, description="Baseline of the other samples of the group; false: of all."

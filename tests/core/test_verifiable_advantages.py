@@ -12,6 +12,7 @@ from core_oracles import close, fit_scores, float64, random_scores, some_advanta
 from pydantic import ValidationError
 from verifiable_oracles import POOL_ANSWERS, POOL_REWARDS, adora_scores, pool_features
 
+from mmrl import facts
 from mmrl.advantages import (
     _beta,
     _mixed_var,
@@ -30,7 +31,7 @@ from mmrl.advantages import (
     subpo,
 )
 from mmrl.modulators import adora
-from mmrl.types import FACTS, Scores
+from mmrl.types import FACTS, PolicyTerms, Scores
 
 ESTIMATORS = {
     "risk": (risk, risk.Config()),
@@ -434,15 +435,19 @@ def test_optimal_baseline_2_no_other_baseline_varies_less():
 
 
 def test_optimal_baseline_3_the_norm_at_the_logits():
-    """What ``score_norm`` is to hold: 1 - 2 pi(y) + sum pi^2, in expectation 1 - sum pi^2."""
+    """1 - 2 pi(y) + sum pi^2, in expectation 1 - sum pi^2; 0 for what was not drawn."""
     logits = float64([0.3, -1.0, 0.8, 0.1]).requires_grad_()
     p = logits.softmax(0)
     norms = []
     for y in range(4):
         (slope,) = torch.autograd.grad(logits.log_softmax(0)[y], logits)
         norms.append(slope.square().sum())
-        close(norms[-1], (1 - 2 * p[y] + p.square().sum()).item())
     close((p * torch.stack(norms)).sum(), (1 - p.square().sum()).item())
+    squares = p.square().sum().expand(1, 4)
+    terms = PolicyTerms(logp=p.log()[None], sum_squares=squares)
+    drawn = torch.tensor([[True, True, True, False]])
+    found = facts.score_norm(terms, drawn)[0]
+    close(found, [*(norm.item() for norm in norms[:3]), 0.0])
 
 
 # --- Gaussian process -----------------------------------------------------------------------------

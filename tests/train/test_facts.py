@@ -120,7 +120,7 @@ def test_scores_check_their_facts():
         (["advantage={name: subpo, function: distinct}"], "{name: exact_match, where: boxed"),
         (
             ["advantage={name: optimal_baseline, weight: logits}"],
-            "reads score_norm of the samples, which nothing finds out yet; there are features",
+            "advantage: 'optimal_baseline' needs sum_squares, which backend",
         ),
         (
             ["modulators=[{name: clip}, {name: adora, reward: neer}]"],

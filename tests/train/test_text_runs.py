@@ -12,6 +12,7 @@ import pytest
 import torch
 from toy.run import ROOT, column, launch, metrics_of, weights_of
 
+from mmrl.advantages import optimal_baseline
 from mmrl.cli import save_samples
 from mmrl.config import apply_overrides, parse
 from mmrl.errors import UserError
@@ -303,6 +304,24 @@ def test_completions_without_an_end_are_not_trained(model, tmp_path):
     assert column(path, "completions/clipped_ratio")[0] > 0.5
     kept = run(model, tmp_path / "kept", *options[1:], "training.num_steps=1", "regularisers=[]")
     assert column(path, "grad_norm")[0] < column(kept, "grad_norm")[0]
+
+
+def test_estimators_read_the_norm_of_the_score(model, tmp_path, monkeypatch):
+    """It is asked of the policy that sampled, however the samples are dealt into micro-batches."""
+    seen, estimate = [], optimal_baseline.estimate
+
+    def noted(scores, *rest):
+        seen.append(scores)
+        return estimate(scores, *rest)
+
+    monkeypatch.setattr(optimal_baseline, "estimate", noted)
+    options = ("advantage={name: optimal_baseline, weight: logits}", "training.num_steps=1")
+    for size in (1, 12):
+        run(model, tmp_path / str(size), f"training.micro_batch_size={size}", *options)
+    one, two = (scores.score_norm for scores in seen)
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert (0 < one).all()
+    assert (one <= 2 * 6).all()  # of a token it is at most 2
 
 
 def test_estimators_read_lengths_ends_and_answers(model, tmp_path, monkeypatch):
