@@ -57,6 +57,7 @@ COURSE = Course(
     asked=tuple(text_tasks.SHARES),
     counts={"eval": 40, "train": 400},
     steps=1200,
+    learning_rate=3e-3,
     slips=0.4,
     pool=None,
     network=make_network,

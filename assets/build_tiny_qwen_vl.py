@@ -3,7 +3,8 @@
     python assets/build_tiny_qwen_vl.py --out assets
 
 The script makes questions about small pictures (see picture_tasks.py), learns a tokenizer from
-them, and trains a Qwen3-VL, vision tower and all, on demonstrations with short reasoning traces.
+them, teaches the vision tower to see (tower_warm_up.py), and trains the language model on
+demonstrations with short reasoning traces; the tower stays as it is, or it would forget colours.
 As in build_tiny_qwen.py some demonstrations contain a slip on purpose and training ends early.
 
 Everything is drawn from --seed.  Floating-point sums differ between machines and library versions,
@@ -13,7 +14,7 @@ so a rebuild gives an equal model, not the same bytes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from assets import picture_tasks
 from assets.cold_start import Course, Demonstration, build, parse_args
 from assets.picture_tasks import PictureItem
 from assets.tiny_qwen import SPECIAL, ids_of_ends, in_chat, text_options
+from assets.tower_warm_up import warm_up
 
+WARM_UP_STEPS = 200
 PATCH = 8
 """Pixels; four patches make a token."""
 
@@ -121,20 +124,28 @@ def write(folder: Path, sets: Mapping[str, Sequence[PictureItem]]) -> None:
         rows.to_parquet(folder / f"pictures-{name}.parquet")
 
 
+def prepare(network: Any, processor: Any, seed: int, log: Callable[[str], None]) -> None:
+    """The tower alone, which sees nearly everything after so many steps, and is then left alone."""
+    warm_up(network.model.visual, processor, steps=WARM_UP_STEPS, seed=seed, log=log)
+    network.model.visual.requires_grad_(False)
+
+
 COURSE = Course(
     name="tiny-qwen-vl",
     make=picture_tasks.make,
     shares=picture_tasks.SHARES,
     asked=picture_tasks.ASKED,
     counts={"eval": 40, "train": 200},
-    steps=2500,
+    steps=1500,
+    learning_rate=2e-3,
     slips=0.25,
     # Drawing pictures anew for each batch would take longer than training on them.
-    pool=16_000,
+    pool=24_000,
     network=make_network,
     processor=make_processor,
     encode=encode,
     write=write,
+    prepare=prepare,
 )
 
 if __name__ == "__main__":

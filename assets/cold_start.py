@@ -21,7 +21,6 @@ from assets.tiny_qwen import SPECIAL, make_tokenizer
 
 VOCABULARY = 512
 BATCH = 96
-LEARNING_RATE = 3e-3
 IGNORED = -100
 EVALUATION_SEEDS = (1000, 1001, 1002, 1003)
 PACKAGES = ("torch", "transformers", "tokenizers", "reasoning-gym")
@@ -37,10 +36,13 @@ class Course:
     `name`: its folder; the script is named ``build_`` and that.  `shares`: how often each task is
     drawn, relatively.  `asked`: tasks that there are prompts of.  `counts`: of questions of each of
     them, by prompt set; ``eval`` is held out.
+    `learning_rate`: the greatest.
     `slips`: share of demonstrations with a wrong step.
     `pool`: demonstrations that are made once and shown again and again; ``None``: always new ones.
     `processor`: of a tokenizer, what is saved with the model and given to `encode`.
     `write`: stores the prompt sets in a folder.
+    `prepare`: what happens to the network before it sees demonstrations, given the processor, a
+    seed and somebody to tell.
     """
 
     name: str
@@ -49,12 +51,14 @@ class Course:
     asked: Sequence[str]
     counts: Mapping[str, int]
     steps: int
+    learning_rate: float
     slips: float
     pool: int | None
     network: Callable[[Any], Any]
     processor: Callable[[Any], Any]
     encode: Callable[[Any, Any], Demonstration]
     write: Callable[[Path, Mapping[str, Sequence[Any]]], None]
+    prepare: Callable[[Any, Any, int, Callable[[str], None]], None] | None = None
 
 
 class Demonstration(NamedTuple):
@@ -283,11 +287,15 @@ def build(course: Course, args: argparse.Namespace) -> None:
     network = course.network(tokenizer)
     parameters = sum(p.numel() for p in network.parameters())
     clock.log(f"{parameters} parameters, {len(tokenizer)} tokens")
+    if course.prepare is not None:
+        course.prepare(network, processor, args.seed, clock.log)
     rng = random.Random(args.seed)
     encoded = (course.encode(processor, item) for item in stream)
     shown = encoded if course.pool is None else again(list(islice(encoded, course.pool)), rng)
     batches = (padded(rows, tokenizer.pad_token_id) for rows in alike(shown, BATCH, rng))
-    cold_start(network, batches, steps=args.steps, learning_rate=LEARNING_RATE, log=clock.log)
+    cold_start(
+        network, batches, steps=args.steps, learning_rate=course.learning_rate, log=clock.log
+    )
     spent = clock.spent()
     folder = args.out / course.name
     network.save_pretrained(folder)

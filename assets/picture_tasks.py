@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from assets import shapes, textart
-from assets.shapes import Box, Kind, Placed
+from assets.shapes import Box, Kind, Placed, Scene
 from assets.text_tasks import Item
 from rewards.box_iou import boxes, matched
 
@@ -41,6 +41,11 @@ SHARES: dict[str, float] = {
     "describe": 4,
 }
 """How often a task is drawn in the cold start, relatively."""
+
+
+COLUMNS = textart.WIDTH // shapes.CELL
+CELLS = "abcdefgh"
+"""Names of the cells of a scene, row by row: each of them a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +99,10 @@ def colour(rng: random.Random, slip: bool = False) -> PictureItem:
     shape, other = rng.sample(shapes.SHAPES, 2)
     mine, theirs = rng.sample(list(shapes.COLOURS), 2)
     kinds = [Kind(shape=shape, colour=mine), Kind(shape=other, colour=theirs)]
+    scene = shapes.random_scene(kinds, None, rng)
     said = _other(mine, shapes.COLOURS, rng) if slip else mine
-    return _item("colour", kinds, [shape], [f"a {said} {shape}"], said, rng)
+    steps = [f"{shape} {_cell(scene.objects[0])} {said}"]
+    return _about("colour", shapes.render(scene), [shape], steps, said)
 
 
 def compare(rng: random.Random, slip: bool = False) -> PictureItem:
@@ -137,8 +144,7 @@ def box(rng: random.Random, slip: bool = False) -> PictureItem:
 
 def read(rng: random.Random, slip: bool = False) -> PictureItem:
     """A sign with a number or a short word."""
-    text = rng.choice(rng.choice((textart.NUMBERS, textart.WORDS)))
-    image = textart.render(text, rng.choice(list(textart.COLOURS)), textart.random_layout(rng))
+    text, image = random_sign(rng)
     said = list(text)
     if slip:
         i = rng.randrange(len(said))
@@ -148,17 +154,33 @@ def read(rng: random.Random, slip: bool = False) -> PictureItem:
 
 
 def describe(rng: random.Random, slip: bool = False) -> PictureItem:
-    """Colour, shape, column and row of everything, and how many things there are."""
+    """What is in each cell, row by row, and how many things there are; without slips."""
+    del slip
+    scene = random_scene(rng)
+    placed = {_cell(item): f"{item.colour} {item.shape}" for item in scene.objects}
+    steps = [f"{cell} {placed.get(cell, 'nothing')}" for cell in CELLS]
+    return _about("describe", shapes.render(scene), [], steps, str(len(placed)))
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """Up to four objects of any shapes and colours."""
     kinds = [
         Kind(shape=shape, colour=rng.choice(list(shapes.COLOURS)))
         for shape in rng.choices(shapes.SHAPES, k=rng.randint(1, shapes.MAX_OBJECTS))
     ]
-    scene = shapes.random_scene(kinds, None, rng)
-    placed = sorted(scene.objects, key=_cell)
-    steps = [f"{item.colour} {item.shape} {_cell(item)}" for item in placed]
-    if slip:  # overlooks some
-        steps = steps[: rng.randint(0, len(steps) - 1)]
-    return _about("describe", shapes.render(scene), [], steps, str(len(steps)))
+    return shapes.random_scene(kinds, None, rng)
+
+
+def random_sign(rng: random.Random) -> tuple[str, np.ndarray]:
+    """A number or a short word, and its picture."""
+    text = rng.choice(rng.choice((textart.NUMBERS, textart.WORDS)))
+    ink = rng.choice(list(textart.COLOURS))
+    return text, textart.render(text, ink, textart.random_layout(rng))
+
+
+def cell_of(item: Placed) -> tuple[int, int]:
+    """Column and row of the cell that the object stands in."""
+    return int(item.x) // shapes.CELL, int(item.y) // shapes.CELL
 
 
 def _draw(counts: list[tuple[str, int]], rng: random.Random) -> list[Kind]:
@@ -195,8 +217,8 @@ def _other(value: Any, choices: Any, rng: random.Random) -> Any:
 
 
 def _cell(item: Placed) -> str:
-    """Column and row of the cell that the object stands in."""
-    return f"{int(item.x) // shapes.CELL} {int(item.y) // shapes.CELL}"
+    column, row = cell_of(item)
+    return CELLS[row * COLUMNS + column]
 
 
 def _written(found: Box) -> str:

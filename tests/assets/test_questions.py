@@ -75,8 +75,9 @@ def test_a_slip_leads_to_a_wrong_answer_in_the_same_form(tasks, task):
 
 def test_descriptions_name_everything():
     for item in some(picture_tasks, "describe"):
-        found = sorted(f"{blob.colour} {blob.shape}" for blob in seen(item))
-        assert sorted(step[:-4] for step in item.steps) == found
+        found = {cell_at(*middle(blob.box)): f"{blob.colour} {blob.shape}" for blob in seen(item)}
+        steps = tuple(f"{cell} {found.get(cell, 'nothing')}" for cell in picture_tasks.CELLS)
+        assert item.steps == steps
         assert item.answer == str(len(found))
 
 
@@ -101,6 +102,11 @@ def middle(box):
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
+def cell_at(x, y) -> str:
+    """Of a place in fractions of the height, which is that of two cells."""
+    return picture_tasks.CELLS[int(2 * y) * 4 + int(2 * x)]
+
+
 def test_counts_and_comparisons_are_those_of_the_picture():
     for item in some(picture_tasks, "count"):
         shape = item.prompt.split()[2].removesuffix("s")
@@ -114,7 +120,9 @@ def test_counts_and_comparisons_are_those_of_the_picture():
 def test_colours_and_places_are_those_of_the_picture():
     for item in some(picture_tasks, "colour"):
         shape = item.prompt.split()[-1].removesuffix("?")
-        assert [blob.colour for blob in seen(item) if blob.shape == shape] == [item.answer]
+        (blob,) = (blob for blob in seen(item) if blob.shape == shape)
+        assert blob.colour == item.answer
+        assert item.steps == (f"{shape} {cell_at(*middle(blob.box))} {blob.colour}",)
     for item in some(picture_tasks, "position"):
         first, *_, second = re.findall("|".join(shapes.SHAPES), item.prompt)
         at = {blob.shape: middle(blob.box) for blob in seen(item)}
