@@ -27,6 +27,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
 PAPER = "Shao et al. 2024, arXiv:2402.03300"
+EVIDENCE = "code"
 MIN_GROUP_SIZE = 2
 
 

@@ -23,6 +23,7 @@ from mmrl.schema import nearest
 from mmrl.types import Advantages, Scores
 
 PAPER = "Liu et al. 2026, arXiv:2601.05242"
+EVIDENCE = "code"
 MIN_GROUP_SIZE = group.MIN_GROUP_SIZE
 
 

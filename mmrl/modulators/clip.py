@@ -15,6 +15,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
 PAPER = "Xue et al. 2025, arXiv:2509.25050"
+EVIDENCE = "code"
 
 
 class Config(StrictModel):

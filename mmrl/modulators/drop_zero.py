@@ -11,6 +11,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
 PAPER = "Liu et al. 2025, arXiv:2505.05470"
+EVIDENCE = "code"
 
 
 class Config(StrictModel):

@@ -20,6 +20,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
 PAPER = "Zheng et al. 2025, arXiv:2509.16117"
+EVIDENCE = "code"
 MAKES_PROBABILITIES = True
 
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {

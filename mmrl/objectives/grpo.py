@@ -28,6 +28,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Shao et al. 2024, arXiv:2402.03300"
+EVIDENCE = "code"
 
 
 class Config(StrictModel):

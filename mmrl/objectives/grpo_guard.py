@@ -26,6 +26,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, Metric, PolicyTerms, UpdateBatch
 
 PAPER = "Wang et al. 2025, arXiv:2510.22319"
+EVIDENCE = "code"
 
 
 class Config(StrictModel):

@@ -22,6 +22,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Zheng et al. 2025, arXiv:2509.16117"
+EVIDENCE = "code"
 READS_PROBABILITIES = True
 
 

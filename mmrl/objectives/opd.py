@@ -18,6 +18,7 @@ from mmrl.reduction import tallies, where_active
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Li et al. 2026, arXiv:2605.15055"
+EVIDENCE = "paper"
 
 
 class Config(TransitionConfig):

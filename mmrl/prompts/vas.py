@@ -27,6 +27,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import Outcome, Prompt, RolloutGroup
 
 PAPER = "Leng et al. 2025, arXiv:2509.21268"
+EVIDENCE = "code"
 
 
 class Config(StrictModel):
