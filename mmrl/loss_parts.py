@@ -75,7 +75,9 @@ def sample_sums(
         places = torch.tensor([sample.position for sample in rows.samples])
         real = (rows.weights > 0).double()  # a sample counts once here, whatever its weight
         if rows.decisions.start == 0:
-            sums[0].index_add_(0, places, rows.whole_mask.sum(1) * real)
+            # All that a loss sees, whatever a selection leaves of them in the sum.
+            counts = torch.tensor([int(s.group.mask[s.index].sum()) for s in rows.samples])
+            sums[0].index_add_(0, places, counts * real)
         if names:
             terms, batch = evaluate(rows)
             for i, name in enumerate(names, 1):

@@ -23,8 +23,10 @@ def asked_of_updates(config: RunConfig) -> Iterator[Asked]:
 
 def asked_before_updates(config: RunConfig) -> Iterator[Asked]:
     """By what asks the policy that sampled: rewards, estimators and selection."""
-    if facts.SCORE_NORM in facts.reads(config.advantage):
-        yield f"advantage: {config.advantage.name!r}", facts.SCORE_NORM_NEEDS
+    readers = [("advantage", config.advantage), *(("modulators", p) for p in config.modulators)]
+    for kind, part in readers:
+        if facts.SCORE_NORM in facts.reads(part):
+            yield f"{kind}: {part.name!r}", facts.SCORE_NORM_NEEDS
     for part in config.selection:
         yield f"selection: {part.name!r}", part.module.needs(part.config)
     if config.kl_in_reward is not None:

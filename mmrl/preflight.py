@@ -42,6 +42,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_missing_facts(config)
     refuse_contradictions(config)
     refuse_misplaced_tempering(config)
+    refuse_repeated_samples(config)
     samples = training.prompts_per_step * training.group_size
     whole = getattr(config.objective.module, "WHOLE_GROUPS", False)
     if whole and training.updates_per_epoch > training.prompts_per_step:
@@ -144,10 +145,33 @@ def refuse_misplaced_tempering(config: RunConfig) -> None:
                 f"objective {objective.name!r} takes the decisions of a sample together; use one "
                 "that does not (objective.importance: decision)"
             )
+        if getattr(objective.module, "IGNORES_SIGN", False):
+            raise UserError(
+                f"modulators[{i}]: {part.name!r} may change the sign of an advantage, which "
+                f"objective {objective.name!r} does not read"
+            )
         if "logp" not in objective.module.needs(objective.config):
             raise UserError(
                 f"modulators[{i}]: {part.name!r} weighs log-probabilities, which objective "
                 f"{objective.name!r} does not train"
+            )
+
+
+def refuse_repeated_samples(config: RunConfig) -> None:
+    """``UserError`` if a loss compares samples of which a selection makes others count twice."""
+    parts = [("objective", config.objective)]
+    weighed = [p for p in config.regularisers if p.config.coef]  # type: ignore[attr-defined]
+    parts += [("regularisers", part) for part in weighed]
+    coupled = [
+        f"{where}: {part.name!r}"
+        for where, part in parts
+        if asks_survey(part) or getattr(part.module, "WHOLE_GROUPS", False)
+    ]
+    for i, part in enumerate(config.selection):
+        if coupled and getattr(part.module, "REPEATS_SAMPLES", False):
+            raise UserError(
+                f"selection[{i}]: {part.name!r} leaves few samples of a group, some several times, "
+                f"but {coupled[0]} compares the samples with each other; leave one out"
             )
 
 

@@ -114,12 +114,13 @@ class Trainer:
         refreshed = self._refresh(means)
         requests = self._requests()
         rolled, times = self._collect(requests, means)
-        scores = self._penalised(rolled, self._scores(rolled), means)
+        earned = self._scores(rolled)
+        scores = self._penalised(rolled, earned, means)
         advantages = self._selected(scores, self._advantages(scores, rolled.scores))
         if self.observe is not None:
             self.observe(rolled, advantages)
         rate = float(self.scheduler.get_last_lr()[0])
-        _, update_time = _timed(lambda: self._update(rolled, scores, advantages, means))
+        _, update_time = _timed(lambda: self._update(rolled, earned, advantages, means))
         step = self.progress.step
         self.backend.after_update(self.progress.updates)
         logged = self._reduced(means)

@@ -331,7 +331,7 @@ class UpdateBatch:
 class Survey:
     """The W samples of an optimizer step, those of all processes, just before it is made.
 
-    ``group`` [W] int64.  ``length`` [W] float64: trained decisions of each, at least 1.
+    ``group`` [W] int64.  ``length`` [W] float64: decisions of each, at least 1.
     ``log_ratio``: by the name of the other policy, "old" or "reference", [W] float64: the sum of
     logp - logp_other over the decisions of each sample, in nats; those that were asked for.
     ``signals``: those of the part that reads it, [W] float64 each.

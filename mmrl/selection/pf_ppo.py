@@ -32,6 +32,7 @@ from mmrl.types import Advantages, Moment, Scores
 PAPER = "Shen and Zhang 2024, arXiv:2409.06957"
 EVIDENCE = "code"
 MIN_GROUP_SIZE = 2
+REPEATS_SAMPLES = True
 BEST, OTHER = 0.4, 0.1
 """Weights of ``br`` where samples are drawn, as published for five samples."""
 

@@ -210,7 +210,7 @@ class TextBackend:
         assert found.entropy is not None, "it was asked for"
         tempered = found.tempered
         if batch.memory is not None and "logp_tempered" in needs:
-            tempered = side_by_side(list(batch.memory))[:, : batch.mask.shape[1]]
+            tempered = side_by_side(list(batch.memory), batch.mask.shape[1])
         return PolicyTerms(
             logp=found.logp,
             entropy=found.entropy if asked else None,

@@ -102,6 +102,10 @@ def test_language_models_are_steered(name, tmp_path):
             ["modulators[0]: 'dcpo'", "objective 'grpo'", "objective.importance: decision"],
         ),
         (
+            [TERMS, "modulators=[dcpo]", "objective={name: gbpo}"],
+            ["modulators[0]: 'dcpo' may change the sign", "objective 'gbpo' does not read"],
+        ),
+        (
             [TERMS, "modulators=[{name: dcpo, temperature_up: 0.5}]"],
             ["modulators[0].temperature_up", "0.5"],
         ),

@@ -17,9 +17,11 @@ from toy.run import column, metrics_of, weights_of
 
 from mmrl.checkpoint import found
 from mmrl.errors import UserError
+from mmrl.loss_parts import sample_sums
+from mmrl.objectives import real
 from mmrl.preflight import micro_batch_shape
-from mmrl.types import Prompt, RolloutGroup, RolloutRequest
-from mmrl.windows import plan_windows
+from mmrl.types import PolicyTerms, Prompt, RolloutGroup, RolloutRequest, UpdateBatch
+from mmrl.windows import MicroBatch, Sample, Window, plan_windows
 
 SEVERAL = ("training.updates_per_epoch=2", "training.num_epochs=2", "training.num_steps=3")
 SAMPLES = "training.aggregation=sample_mean_of_means"
@@ -197,3 +199,45 @@ def test_windows_of_whole_groups(whole):
     )
     found = [[s.position for rows in w.micro_batches for s in rows.samples] for w in windows]
     assert found == ([[8, 5, 6, 7, 0, 1, 2], [3, 4]] if whole else [order[:5], order[5:]])
+
+
+def test_a_survey_counts_all_decisions_of_a_sample():
+    """As its log-ratios do: those that a selection leaves out of the sum are looked at too."""
+    request = RolloutRequest(
+        prompt=Prompt(id="0", text=""), group_size=2, seed=0, stream=0, index=0
+    )
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    group = RolloutGroup(request=request, outputs=["", ""], payload=None, mask=mask)
+    kept = torch.tensor([False, True, False, False])
+    rows = MicroBatch([Sample(group, 0, 0, kept=kept), Sample(group, 1, 1, 3.0)], slice(0, None))
+
+    def evaluate(rows):
+        batch = UpdateBatch(
+            payload=None,
+            mask=mask,
+            advantages=torch.zeros(2).double(),
+            weights=rows.weights,
+            logp_old=torch.full((2, 4), -1.1),
+        )
+        return PolicyTerms(logp=torch.full((2, 4), -1.0)), batch
+
+    sums = sample_sums(Window([rows]), ["old"], evaluate, 2)
+    assert sums[0].tolist() == [4, 2]
+    assert (sums[1] / sums[0]).tolist() == pytest.approx([0.1, 0.1], rel=1e-5)
+
+
+def test_a_verdict_is_that_of_the_reward_as_it_was_earned(toy, monkeypatch):
+    """What a divergence takes off the reward must not turn wrong samples into right ones."""
+    seen, signals = [], real.signals
+
+    def noted(scores, advantages, config):
+        seen.append((scores, advantages))
+        return signals(scores, advantages, config)
+
+    monkeypatch.setattr(real, "signals", noted)
+    toy("objective={name: real}", "kl_in_reward={coef: 0.5}", CENTRED, "training.num_steps=2")
+    scores, advantages = seen[-1]
+    (reward,) = scores.by_name.values()
+    assert torch.equal(scores.combined, reward)
+    centred = reward - reward.view(-1, 5).mean(1).repeat_interleave(5)
+    assert not torch.allclose(advantages.values, centred), "the divergence is in the advantages"

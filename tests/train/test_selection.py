@@ -161,6 +161,10 @@ def test_a_step_without_a_signal_is_skipped(tmp_path):
         (["selection=[{name: d3s, samples_start: 0}]"], ["selection[0].samples_start", "0"]),
         (["selection=[{name: pf_ppo, strategy: pow}]"], ["selection[0]", "allowed: draw"]),
         (
+            ["selection=[pf_ppo]", "objective={name: real}"],
+            ["selection[0]: 'pf_ppo' leaves few samples", "objective: 'real' compares the samples"],
+        ),
+        (
             ["selection=[pf_ppo]", "advantage=none", "training.group_size=1"],
             ["training.group_size", "'pf_ppo'", "2 or more"],
         ),
