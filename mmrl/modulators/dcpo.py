@@ -6,7 +6,7 @@
     b_i   = 1[r_i > success_above]
 
 DCPO, Distribution-Centric Policy Optimization (arXiv:2601.12730), in the form of its code.  H is
-the mean of -logp over the decisions trained on in the step before, 0 at first, so that the first
+the mean of -logp over the samples trained on in the step before, 0 at first, so that the first
 step pushes up with full strength; p is the policy that sampled, p_T the same at temperature T.
 Averaged over what the policy samples, the second part moves it towards p_T: flatter where T > 1,
 sharper where T < 1.  Division by the mean of b keeps the strength about independent of how often
