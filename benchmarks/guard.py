@@ -1,11 +1,13 @@
 """Does GRPO-Guard delay reward hacking? Its ratios, and pictures at equal reward, beside Flow-GRPO.
 
-    python -m benchmarks.guard [--seeds 0 1 2] [--steps 240] [a.b=value ...]
+    python -m benchmarks.guard [--reward preference] [--seeds 0 1 2] [--steps 240] [a.b=value ...]
 
 Both methods train on the same prompts with the same seeds: the recipe of GRPO-Guard, and that of
 Flow-GRPO written as GRPO-Guard without its three corrections, so that both log the same ratios.
 Proxy is the reward that is trained, on held-out prompts; gold is what judges say that no training
-sees, of the same pictures.  What is finished is kept, what was interrupted is continued.
+sees, of the same pictures.  ``preference`` is a learned reward that reads no prompt, so a policy
+that pleases it alone forgets what it was asked for.  What is finished is kept, what was interrupted
+is continued.
 """
 
 from __future__ import annotations
@@ -51,7 +53,15 @@ WITHOUT_CORRECTIONS = (
     "objective.std_normalisation=false",
     "objective.reweight=false",
 )
-PROXY = "ocr_soft"
+PREFERENCE = (
+    override("prompts.source", "assets/prompts/preference-train.jsonl"),
+    override("rewards", [{"name": "preference"}]),
+    override("evaluation.source", "assets/prompts/preference-eval.jsonl"),
+)
+TASKS = {"ocr": (), "preference": PREFERENCE}
+"""Reward -> what it changes in the recipes, which train the first."""
+PROXIES = {"ocr": "ocr_soft", "preference": "preference"}
+"""Reward -> its score on held-out prompts."""
 LEVELS = (0.5, 0.75, 1.0)
 VIEWS = (
     (FLOW, FLOW, "_raw"),
@@ -92,31 +102,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in RECIPES
     }
     about = tables.machine() | {"threads": torch.get_num_threads()}
+    proxy, names = PROXIES[options.reward], gold.available(options.reward)
     markdown = report(runs, about, options)
     data = {
         "machine": about,
+        "reward": options.reward,
         "overrides": options.overrides,
         "ratios": ratio_records(runs),
-        "equal_proxy": equal_proxy(runs, gold.available()),
+        "equal_proxy": equal_proxy(runs, names, proxy),
         "runs": [{"method": method, **run.record()} for (method, _), run in runs.items()],
     }
-    path = tables.write_results(options.out, "guard", markdown, data)
+    path = tables.write_results(options.out, f"guard-{options.reward}", markdown, data)
     plot_ratios(runs).savefig(path.with_name(f"{path.stem}-ratios.png"), dpi=150)
-    plot_gold(runs, gold.available()).savefig(path.with_name(f"{path.stem}-gold.png"), dpi=150)
+    plot_gold(runs, names, proxy).savefig(path.with_name(f"{path.stem}-gold.png"), dpi=150)
     print(f"{markdown}\n\nwritten to {path}")
     return 0
 
 
 def run_job(method: str, seed: int, options: argparse.Namespace) -> Job:
     """The training command of a method and a seed."""
+    names = gold.available(options.reward)
     return Job(
         config=Path(RECIPES[method]),
-        folder=options.runs / f"{method}-seed{seed}",
+        folder=options.runs / options.reward / f"{method}-seed{seed}",
         seed=seed,
         overrides=(
             *(WITHOUT_CORRECTIONS if method == FLOW else ()),
             override("objective.log_by_sigma", True),
-            override("evaluation.rewards", gold.evaluation_rewards(gold.available())),
+            *TASKS[options.reward],
+            override("evaluation.rewards", gold.evaluation_rewards(names, options.reward)),
             override("evaluation.every", options.every),
             override("checkpoint.every", options.every),
             override("checkpoint.keep_last", 1),
@@ -214,31 +228,31 @@ def unevenness(records: Sequence[Record]) -> float:
 # Gold at equal proxy
 
 
-def levels(runs: Sequence[Run]) -> dict[float, float]:
+def levels(runs: Sequence[Run], proxy: str) -> dict[float, float]:
     """Proxy scores at which all runs can be compared, by their share of the common gain.
 
     The gain goes from the highest start to the lowest of the best scores; none without a gain.
     """
-    paths = [[point.scores[PROXY] for point in run.points] for run in runs]
+    paths = [[point.scores[proxy] for point in run.points] for run in runs]
     start, top = max(path[0] for path in paths), min(max(path) for path in paths)
     return {share: start + share * (top - start) for share in LEVELS} if top > start else {}
 
 
-def gold_at(points: Sequence[Point], name: str, proxy: float) -> float | None:
+def gold_at(points: Sequence[Point], name: str, proxy: str, level: float) -> float | None:
     """A gold score when the proxy first reached a level, on straight lines between evaluations."""
-    at = first_crossing([point.scores[PROXY] for point in points], proxy)
+    at = first_crossing([point.scores[proxy] for point in points], level)
     return None if at is None else between([point.scores[name] for point in points], at)
 
 
-def equal_proxy(runs: Runs, names: Sequence[str]) -> list[Record]:
+def equal_proxy(runs: Runs, names: Sequence[str], proxy: str) -> list[Record]:
     """Gold of both methods, seed by seed, when they first reached the same proxy."""
     seeds = dict.fromkeys(seed for _, seed in runs)
     records = []
     for seed in seeds:
         pair = {method: runs[method, seed] for method in RECIPES}
-        for share, level in levels(list(pair.values())).items():
+        for share, level in levels(list(pair.values()), proxy).items():
             for name in names:
-                found = {m: gold_at(run.points, name, level) for m, run in pair.items()}
+                found = {m: gold_at(run.points, name, proxy, level) for m, run in pair.items()}
                 records.append(
                     {"seed": seed, "share": share, "proxy": level, "measure": name, **found}
                 )
@@ -250,7 +264,8 @@ def equal_proxy(runs: Runs, names: Sequence[str]) -> list[Record]:
 
 def report(runs: Runs, about: Mapping[str, Any], options: argparse.Namespace) -> str:
     """The whole result in markdown."""
-    names = gold.available()
+    proxy, names = PROXIES[options.reward], gold.available(options.reward)
+    strict = ["ocr_exact"] if options.reward == "ocr" else []
     changes = f" Both with {' '.join(options.overrides)}." if options.overrides else ""
     failed = [f"{method} seed {seed}" for (method, seed), run in runs.items() if run.failed]
     return "\n\n".join(
@@ -264,15 +279,17 @@ def report(runs: Runs, about: Mapping[str, Any], options: argparse.Namespace) ->
             "mean/std: how far the ratios lie to one side, in units of their own spread. "
             "unevenness: the largest std of a denoising step over the smallest. "
             f"Share of clipped ratios, low and high: {_clipped(runs)}.",
-            f"## Gold when the proxy ({PROXY}) is equal",
-            equal_proxy_table(equal_proxy(runs, names)),
+            f"## Gold when the proxy ({proxy}) is equal",
+            equal_proxy_table(equal_proxy(runs, names, proxy)),
             "Seed by seed, when both methods first reached the same proxy; levels are shares of "
             f"the gain that both made (seeds without one are left out). difference: {GUARD} minus "
             f"{FLOW}.",
             "## Start and end",
-            end_table(runs, [PROXY, "ocr_exact", *names]),
-            "template, ddddocr: share that this judge reads exactly; saturation, contrast, grain "
-            "(root mean square of the Laplacian) and diversity are statistics of pixels in [0, 1].",
+            end_table(runs, [proxy, *strict, *names]),
+            "template, ddddocr: share that this judge reads exactly; faithful: share that shows "
+            "what the prompt asks for; utility: what the learned reward was taught to estimate, "
+            "measured on pixels; saturation, contrast, grain (root mean square of the Laplacian) "
+            "and diversity are statistics of pixels in [0, 1].",
             f"± is the standard deviation over seeds (n - 1). {about['threads']} threads. "
             f"Machine: {tables.machine_line(about)}",
         ]
@@ -368,7 +385,7 @@ def plot_ratios(runs: Runs) -> Figure:
     return figure
 
 
-def plot_gold(runs: Runs, names: Sequence[str]) -> Figure:
+def plot_gold(runs: Runs, names: Sequence[str], proxy: str) -> Figure:
     """Each measure against the proxy; a line is a run, its time goes from small to large dots."""
     columns = 3
     figure = Figure(figsize=(12, 3.6 * math.ceil(len(names) / columns)), layout="constrained")
@@ -377,8 +394,8 @@ def plot_gold(runs: Runs, names: Sequence[str]) -> Figure:
         for method, colour in zip(RECIPES, SERIES_COLOURS, strict=False):
             mine = [run for (m, _), run in runs.items() if m == method]
             for run in mine:
-                _path(axes, run.points, name, colour, method if run is mine[0] else None)
-        axes.set(xlabel=f"proxy: {PROXY}", title=name)
+                _path(axes, run.points, (proxy, name), colour, method if run is mine[0] else None)
+        axes.set(xlabel=f"proxy: {proxy}", title=name)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -387,8 +404,10 @@ def plot_gold(runs: Runs, names: Sequence[str]) -> Figure:
     return figure
 
 
-def _path(axes: Axes, points: Sequence[Point], name: str, colour: str, label: str | None) -> None:
-    proxy, measure = ([point.scores[key] for point in points] for key in (PROXY, name))
+def _path(
+    axes: Axes, points: Sequence[Point], names: tuple[str, str], colour: str, label: str | None
+) -> None:
+    proxy, measure = ([point.scores[name] for point in points] for name in names)
     sizes = [4 + 36 * i / max(1, len(points) - 1) for i in range(len(points))]
     axes.plot(proxy, measure, color=colour, alpha=0.5, linewidth=1, label=label)
     axes.scatter(proxy, measure, s=sizes, color=colour, alpha=0.6, linewidths=0)
@@ -400,6 +419,7 @@ def _path(axes: Axes, points: Sequence[Point], name: str, colour: str, label: st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard")
     add = parser.add_argument
+    add("--reward", choices=list(TASKS), default="ocr", help="what is trained")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=240, help="training steps of each run")
     add("--every", type=int, default=10, help="steps between evaluations")

@@ -112,6 +112,9 @@ def _search(options: argparse.Namespace) -> tuple[str, Path]:
         "metric": SCORES[0],
         "seed": options.search_seed,
         "budget": budget,
+        "effort": f"Each method: learning rates {', '.join(map(str, search.RATES))} times two "
+        f"values of one knob of its own, {budget:g} CPU-seconds of training for each setting, "
+        "scored on a straight line between the evaluations around that time",
         "winners": search.winners(results),
         "trials": results,
     }
@@ -136,7 +139,7 @@ def run_job(
 
 def _shared(options: argparse.Namespace) -> tuple[str, ...]:
     return (
-        override("evaluation.rewards", gold.evaluation_rewards(ALSO)),
+        override("evaluation.rewards", gold.evaluation_rewards(ALSO, "ocr")),
         override("evaluation.every", options.every),
         override("checkpoint.every", options.every),
         override("checkpoint.keep_last", 1),

@@ -28,7 +28,6 @@ from benchmarks import bands, tables
 from benchmarks.runs import (
     NUM_STEPS,
     Job,
-    Point,
     Run,
     ensure,
     mean_and_std,
@@ -38,7 +37,6 @@ from benchmarks.runs import (
 )
 from mmrl.charts import SERIES_COLOURS
 from mmrl.errors import UserError
-from mmrl.run_folder import EVAL, Row
 from mmrl.runner import sample
 from rewards import exact_match
 
@@ -81,10 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": about,
         "overrides": options.overrides,
         "mix": mix,
-        "runs": [
-            {"method": name, "tokens": [p.cpu for p in by_tokens(run)], **run.record()}
-            for (name, _), run in runs.items()
-        ],
+        "runs": [{"method": name, **run.record()} for (name, _), run in runs.items()],
     }
     path = tables.write_results(options.out, "prompt-sampling", markdown, data)
     plot(runs).savefig(path.with_suffix(".png"), dpi=150)
@@ -190,24 +185,7 @@ def run_job(name: str, seed: int, start: Path, options: argparse.Namespace) -> J
     )
 
 
-# Tokens
-
-
-def tokens_of(row: Row) -> float:
-    """Tokens that a training step generated, dropped groups and refresh passes included."""
-    samples = row.get("num_samples", 0.0) + row.get("sampler/refresh_samples", 0.0)
-    return samples * row.get("completions/mean_length", 0.0)
-
-
-def by_tokens(run: Run) -> list[Point]:
-    """The evaluations of a run; ``cpu`` holds generated tokens."""
-    total, points = 0.0, []
-    for row in run.rows:
-        total += tokens_of(row)
-        if EVAL + METRIC in row:
-            scores = {METRIC: float(row[EVAL + METRIC])}
-            points.append(Point(step=row["step"], cpu=total, wall=0.0, scores=scores))
-    return points
+# What was learned from
 
 
 def varied(run: Run) -> float:
@@ -236,7 +214,7 @@ def report(
     changes = f" All with {' '.join(options.overrides)}." if options.overrides else ""
     parts = ", ".join(f"{count} {kind}" for kind, count in mix.items())
     failed = [f"{name} seed {seed}" for (name, seed), run in runs.items() if run.failed]
-    end = min(by_tokens(run)[-1].cpu for run in runs.values() if not run.failed)
+    end = min(run.points[-1].tokens for run in runs.values() if not run.failed)
     return "\n\n".join(
         [
             f"# Choosing prompts: seeds {' '.join(map(str, options.seeds))}",
@@ -258,13 +236,13 @@ def method_table(runs: Runs, names: Sequence[str], end: float) -> str:
     rows = []
     for name in names:
         mine = [run for (n, _), run in runs.items() if n == name and not run.failed]
-        paths = [by_tokens(run) for run in mine]
+        paths = [run.points for run in mine]
         columns = (
             ([varied(run) for run in mine], ".3f"),
-            ([path[-1].cpu / 1000 for path in paths], ".0f"),
+            ([path[-1].tokens / 1000 for path in paths], ".0f"),
             ([path[0].scores[METRIC] for path in paths], ".3f"),
             ([path[-1].scores[METRIC] for path in paths], ".3f"),
-            ([score_at(path, METRIC, end) for path in paths], ".3f"),
+            ([score_at(path, METRIC, end, "tokens") for path in paths], ".3f"),
         )
         rows.append([name, *(mean_and_std(values, form) for values, form in columns)])
     head = ["method", "groups with a gradient", "thousand tokens", "before", "after",
@@ -277,9 +255,9 @@ def plot(runs: Runs) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, colour in zip(dict.fromkeys(n for n, _ in runs), SERIES_COLOURS, strict=False):
-        paths = [by_tokens(run) for (n, _), run in runs.items() if n == name and not run.failed]
+        paths = [run.points for (n, _), run in runs.items() if n == name and not run.failed]
         if paths:
-            bands.draw(axes, paths, METRIC, colour, name)
+            bands.draw(axes, paths, METRIC, colour, name, "tokens")
     axes.set(xlabel="generated tokens, all of them", ylabel="held-out accuracy")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -43,26 +43,33 @@ INTERRUPTED = 130
 ENDLESS = 1_000_000
 PIECES = "pieces.json"
 NUM_STEPS = "training.num_steps"
+Axis = Literal["cpu", "wall", "tokens"]
+"""What the course of a run is measured in."""
 START_TOLERANCE = 0.02
 """Of a score before training: another batch size may round a few pictures over an edge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """An evaluation: after ``step`` steps, which cost ``cpu`` and ``wall`` seconds; its scores."""
+    """An evaluation: after ``step`` steps, which cost ``cpu`` and ``wall`` seconds; its scores.
+
+    ``tokens``: generated until then by a language model, see ``generated_tokens``.
+    """
 
     step: int
     cpu: float
     wall: float
     scores: Mapping[str, float]
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
-    """Seconds of training until a score was reached."""
+    """Seconds of training, and generated tokens, until a score was reached."""
 
     cpu: float
     wall: float
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,18 +368,26 @@ def _children_cpu() -> float:
 
 def curve(rows: Sequence[Row]) -> list[Point]:
     """The evaluations of a run, with the cost of the training steps before each."""
-    cpu = wall = 0.0
+    cpu = wall = tokens = 0.0
     points = []
     for row in rows:
         cpu, wall = cpu + row.get("time/cpu", 0.0), wall + row.get("step_time", 0.0)
+        tokens += generated_tokens(row)
         scores = {
             key.removeprefix(EVAL): float(value)
             for key, value in row.items()
             if key.startswith(EVAL) and is_finite(value)
         }
         if scores:
-            points.append(Point(step=row["step"], cpu=cpu, wall=wall, scores=scores))
+            point = Point(step=row["step"], cpu=cpu, wall=wall, tokens=tokens, scores=scores)
+            points.append(point)
     return points
+
+
+def generated_tokens(row: Row) -> float:
+    """Tokens that a training step generated, dropped groups and refresh passes included."""
+    samples = row.get("num_samples", 0.0) + row.get("sampler/refresh_samples", 0.0)
+    return samples * row.get("completions/mean_length", 0.0)
 
 
 def crossing(points: Sequence[Point], name: str, target: float) -> Reached | None:
@@ -386,6 +401,7 @@ def crossing(points: Sequence[Point], name: str, target: float) -> Reached | Non
     return Reached(
         cpu=between([point.cpu for point in points], at),
         wall=between([point.wall for point in points], at),
+        tokens=between([point.tokens for point in points], at),
     )
 
 
@@ -403,9 +419,10 @@ def between(values: Sequence[float], at: float) -> float:
     return float(np.interp(at, np.arange(len(values)), values))
 
 
-def score_at(points: Sequence[Point], name: str, cpu: float) -> float:
-    """A score after ``cpu`` seconds, on straight lines; the last one where a run is shorter."""
-    return float(np.interp(cpu, [p.cpu for p in points], [p.scores[name] for p in points]))
+def score_at(points: Sequence[Point], name: str, at: float, along: Axis = "cpu") -> float:
+    """A score after so many seconds or tokens, on straight lines; the last one of a shorter run."""
+    costs = [getattr(point, along) for point in points]
+    return float(np.interp(at, costs, [point.scores[name] for point in points]))
 
 
 # Small things that the experiments share

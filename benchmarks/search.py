@@ -7,6 +7,7 @@ winner has the best score when exactly that time is spent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -66,8 +67,11 @@ def trials(method: str) -> list[Trial]:
     ]
 
 
-def result(trial: Trial, run: Run, metric: str, budget: float) -> dict[str, Any]:
-    """What the results file keeps of a trial; a run that failed has no score."""
+def result(trial: Trial, run: Run, metric: str, budget: float = math.inf) -> dict[str, Any]:
+    """What the results file keeps of a trial; a run that failed has no score.
+
+    The score is that after ``budget`` CPU-seconds, or at the end.
+    """
     score = None if run.failed else score_at(run.points, metric, budget)
     return {
         "method": trial.method,
@@ -101,15 +105,11 @@ def report(record: Mapping[str, Any]) -> str:
         ]
         for each in record["trials"]
     ]
-    rates = ", ".join(f"{rate:g}" for rate in RATES)
     return "\n\n".join(
         [
             "## Search",
-            f"Each method: learning rates {rates} times two values of one knob of its own, "
-            f"{record['budget']:g} CPU-seconds of training for each setting, seed "
-            f"{record['seed']}, which no other table uses. Score: {record['metric']} on the "
-            "training prompts when that time is spent, on a straight line between the evaluations "
-            "around it.",
+            f"{record['effort']}, seed {record['seed']}, which no other table uses. Score: "
+            f"{record['metric']} on the training prompts.",
             tables.markdown_table(["method", "setting", "steps", "score", ""], rows),
         ]
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import random
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import gold, judges
+from assets import build_preference, shapes
+from benchmarks import gold, judges, tables
 from rewards.combine import parse_specs
 
 
@@ -59,9 +64,62 @@ def test_the_template_judge_reads_each_picture():
     assert found == [1.0, 1.0, 1.0, 0.0]
 
 
+def test_utility_follows_the_stated_preference():
+    """On pictures whose grades are known, softened as decoded ones are."""
+    rows = build_preference.split(0).evaluation
+    layers = build_preference.render_layers(build_preference.text_split(0)[1], rows, 200, 5)
+    generator = torch.Generator().manual_seed(1)
+    pictures, grades = build_preference.compose(
+        layers, build_preference.random_look(layers, generator)
+    )
+    images = build_preference.to_images(build_preference.softened(pictures, generator))
+    found = torch.tensor(gold.utility([""] * len(images), images))
+    stated = build_preference.utility(grades)
+    pairs = (found.view(2, -1), stated.view(2, -1))
+    assert build_preference.agreement(*pairs, build_preference.CLEAR) > 0.9
+    assert float((found - stated).abs().mean()) < 0.08
+
+
+def test_an_empty_picture_has_no_utility():
+    assert gold.utility(["p"], [plain((9, 200, 9), (64, 32))]) == [0.0]
+
+
+def test_faithful_pictures_show_what_was_asked():
+    sign, text = (found[0] for found in judges.ground_truth(1, seed=2))
+    scene = Image.fromarray(
+        shapes.render(
+            shapes.random_scene(
+                [shapes.Kind(shape="circle", colour="red", count=2),
+                 shapes.Kind(shape="square", colour="blue", count=1)],
+                None,
+                random.Random(0),
+            )
+        )
+    )  # fmt: skip
+    asked = {
+        f'a sign "{text}"': (sign, 1.0),
+        'a sign "ZZZ"': (sign, 0.0),
+        "red circles": (scene, 1.0),
+        "circles and squares": (scene, 1.0),
+        "red circles and blue squares": (scene, 1.0),
+        "blue circles": (scene, 0.0),
+        "red circles and triangles": (scene, 0.0),
+    }
+    images = [image for image, _ in asked.values()]
+    assert gold.faithful(list(asked), images) == [expected for _, expected in asked.values()]
+
+
+@pytest.mark.parametrize("file", ["preference-train", "preference-eval"])
+def test_every_open_prompt_is_understood(file):
+    rows = (tables.ROOT / "assets" / "prompts" / f"{file}.jsonl").read_text().splitlines()
+    for prompt in (json.loads(row)["prompt"] for row in rows):
+        named = sum(word.rstrip("s") in shapes.SHAPES for word in prompt.split())
+        assert gold.SIGN.fullmatch(prompt) or len(gold.OBJECTS.findall(prompt)) == named > 0
+
+
 def test_the_section_of_a_run_names_every_measure():
-    names = gold.available()
-    specs = parse_specs(gold.evaluation_rewards(names))
+    names = gold.available("ocr")
+    specs = parse_specs(gold.evaluation_rewards(names, "ocr"))
     assert [spec.label for spec in specs] == ["ocr_exact", "ocr_soft", *names]
     built = [spec.build() for spec in specs[2:]]
     picked = [name for name in names if name not in ("template", "ddddocr")]
@@ -73,4 +131,4 @@ def test_the_section_of_a_run_names_every_measure():
 
 def test_available_leaves_out_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(gold, "find_spec", lambda name: None)
-    assert gold.available() == ["template", "saturation", "contrast", "grain", "diversity"]
+    assert gold.available("ocr") == ["template", "saturation", "contrast", "grain", "diversity"]

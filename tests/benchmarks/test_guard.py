@@ -20,6 +20,7 @@ from mmrl.run_folder import flatten
 
 RECIPE = Path(guard.RECIPES[GUARD])
 MEASURES = ("template", "grain")
+PROXY = "ocr_soft"
 
 
 def ratio_row(step: int, late: list[float], early: list[float]) -> dict:
@@ -123,19 +124,21 @@ def test_one_update_for_each_rollout_has_no_ratios():
 
 
 def test_levels_are_shares_of_the_gain_that_both_made():
-    assert guard.levels(list(PAIR.values())) == pytest.approx({0.5: 0.65, 0.75: 0.725, 1.0: 0.8})
-    assert guard.levels([make_run(), make_run(proxy=(0.5, 0.4, 0.3))]) == {}
+    assert guard.levels(list(PAIR.values()), PROXY) == pytest.approx(
+        {0.5: 0.65, 0.75: 0.725, 1.0: 0.8}
+    )
+    assert guard.levels([make_run(), make_run(proxy=(0.5, 0.4, 0.3))], PROXY) == {}
 
 
 def test_gold_when_the_proxy_is_first_reached():
     points = make_run().points
-    assert guard.gold_at(points, "template", 0.55) == pytest.approx(0.8)
-    assert guard.gold_at(points, "template", 0.65) == pytest.approx(0.85)
-    assert guard.gold_at(points, "template", 0.81) is None
+    assert guard.gold_at(points, "template", PROXY, 0.55) == pytest.approx(0.8)
+    assert guard.gold_at(points, "template", PROXY, 0.65) == pytest.approx(0.85)
+    assert guard.gold_at(points, "template", PROXY, 0.81) is None
 
 
 def test_gold_of_both_methods_at_the_same_proxy():
-    found = guard.equal_proxy(PAIR, MEASURES)
+    found = guard.equal_proxy(PAIR, MEASURES, PROXY)
     top = next(r for r in found if (r["share"], r["measure"]) == (1.0, "template"))
     assert (top[FLOW], top[GUARD]) == pytest.approx((0.7, 0.9))  # 0.8 is half way to 0.9
     row = guard.equal_proxy_table(found).splitlines()[2 + found.index(top)]
@@ -144,7 +147,7 @@ def test_gold_of_both_methods_at_the_same_proxy():
 
 def test_without_a_common_gain_there_is_nothing_to_compare():
     flat = {(FLOW, 0): make_run(proxy=(0.5, 0.4, 0.4)), (GUARD, 0): make_run()}
-    assert guard.equal_proxy(flat, MEASURES) == []
+    assert guard.equal_proxy(flat, MEASURES, PROXY) == []
     assert "nothing to compare" in guard.equal_proxy_table([])
 
 
@@ -190,9 +193,9 @@ def test_both_methods_train_alike_but_for_the_objective(tmp_path):
 def test_results_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "ensure", lambda job, fresh: PAIR[job.folder.name[:-6], 0])
     monkeypatch.setattr(guard, "stop_when_terminated", lambda: None)
-    monkeypatch.setattr(gold, "available", lambda: list(MEASURES))
+    monkeypatch.setattr(gold, "available", lambda reward: list(MEASURES))
     assert guard.main(["--seeds", "0", "--out", str(tmp_path)]) == 0
-    (data,) = tmp_path.glob("*-guard.json")
+    (data,) = tmp_path.glob("*-guard-ocr.json")
     assert len(json.loads(data.read_text())["runs"]) == 2
     text = data.with_suffix(".md").read_text()
     assert "| 100% | 0.800 | template | 0.700 | 0.900 | +0.200 | 1 of 1 |" in text
@@ -201,7 +204,7 @@ def test_results_are_written(tmp_path, monkeypatch):
 
 
 def test_plot_of_gold_has_a_path_for_each_run():
-    panels = guard.plot_gold(PAIR, MEASURES).axes
+    panels = guard.plot_gold(PAIR, MEASURES, PROXY).axes
     assert [axes.get_visible() for axes in panels] == [True, True, False]
     flow, other = panels[0].lines
     assert list(np.asarray(flow.get_xdata())) == [0.5, 0.6, 0.8]
@@ -215,11 +218,22 @@ def test_plot_of_ratios_shows_bias_and_evenness():
     assert np.asarray(right.lines[2].get_ydata()) == pytest.approx([2 / 11, 20 / 11])
 
 
+@pytest.mark.parametrize("method", guard.RECIPES)
+def test_the_preference_task_changes_prompts_and_rewards(method, tmp_path):
+    mine, ocr = (
+        flatten(guard.run_job(method, 0, options(runs=tmp_path, reward=r)).settings.dump())
+        for r in ("preference", "ocr")
+    )
+    differing = {key.partition(".")[0] for key in mine if mine[key] != ocr.get(key)}
+    assert differing == {"prompts", "rewards", "evaluation"}
+
+
 @pytest.mark.slow
-def test_two_real_steps(tmp_path):
+@pytest.mark.parametrize("reward", guard.TASKS)
+def test_two_real_steps(tmp_path, reward):
     """Both methods begin alike; ratios are those of the second update and go uncorrected."""
     small = ["training.prompts_per_step=2", "evaluation.max_prompts=2"]
-    given = options(runs=tmp_path, steps=2, every=2, overrides=small)
+    given = options(reward=reward, runs=tmp_path, steps=2, every=2, overrides=small)
     runs = {(m, 0): guard.ensure(guard.run_job(m, 0, given)) for m in guard.RECIPES}
     flow, other = (runs[m, 0] for m in guard.RECIPES)
     assert [point.step for point in flow.points] == [0, 2]

@@ -259,12 +259,11 @@ def test_report_of_the_search_states_space_budget_and_winner():
         {"method": "awm", "tried": ["optimizer.learning_rate=0.002"], "score": 0.5, "steps": 40},
         {"method": "awm", "tried": ["optimizer.learning_rate=0.001"], "score": None, "steps": 9},
     ]
-    found = {"metric": "ocr_exact", "seed": 100, "budget": 240.0, "trials": trials,
-             "winners": search.winners(trials)}  # fmt: skip
+    found = {"metric": "ocr_exact", "seed": 100, "effort": "Each: 240 CPU-seconds",
+             "trials": trials, "winners": search.winners(trials)}  # fmt: skip
     text = search.report(found)
-    assert "0.0005, 0.001, 0.002" in text
-    assert "240 CPU-seconds" in text
-    assert "seed 100" in text
+    assert "Each: 240 CPU-seconds, seed 100" in text
+    assert "Score: ocr_exact" in text
     assert "| awm | optimizer.learning_rate=0.002 | 40 | 0.500 | won |" in text
     assert "| awm | optimizer.learning_rate=0.001 | 9 | failed |  |" in text
     section = methods._search_section(found, options())

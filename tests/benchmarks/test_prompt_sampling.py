@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import prompt_sampling
-from benchmarks.prompt_sampling import METRIC, by_tokens, tokens_of, varied
+from benchmarks.prompt_sampling import varied
 from mmrl.errors import UserError
-from mmrl.run_folder import EVAL
 
 SMALL = (
     "training.prompts_per_step=4",
@@ -20,15 +19,6 @@ SMALL = (
     "evaluation.samples_per_prompt=1",
     "optimizer.warmup_updates=0",
 )
-
-
-def test_every_token_counts():
-    row = {"num_samples": 10.0, "completions/mean_length": 7.0}
-    assert tokens_of(row) == 70
-    assert tokens_of(row | {"sampler/refresh_samples": 5.0}) == 105
-    rows = [{"step": 0, EVAL + METRIC: 0.1}, row, row | {"step": 2, EVAL + METRIC: 0.3}]
-    points = by_tokens(SimpleNamespace(rows=rows))
-    assert [(point.cpu, point.scores[METRIC]) for point in points] == [(0.0, 0.1), (140.0, 0.3)]
 
 
 def test_groups_that_were_dropped_had_no_gradient():
@@ -56,7 +46,9 @@ def test_from_the_mix_to_the_tables(tmp_path):
     assert all(row["task"] not in prompt_sampling.ARITHMETIC for row in rows
                if row["kind"] == "open")  # fmt: skip
     assert [run["method"] for run in data["runs"]] == ["uniform", "dynamic"]
-    assert all(run["tokens"][0] == 0 < run["tokens"][-1] for run in data["runs"])
+    assert all(
+        run["points"][0]["tokens"] == 0 < run["points"][-1]["tokens"] for run in data["runs"]
+    )
     assert "| dynamic |" in path.with_suffix(".md").read_text()
 
 

@@ -102,6 +102,18 @@ def test_crossing_lies_on_the_line_between_two_evaluations(target, expected):
         assert (found.cpu, found.wall) == pytest.approx((expected.cpu, expected.wall))
 
 
+def test_every_token_counts():
+    row = {"num_samples": 10.0, "completions/mean_length": 7.0}
+    assert runs.generated_tokens(row) == 70
+    assert runs.generated_tokens(row | {"sampler/refresh_samples": 5.0}) == 105
+    points = runs.curve([{"step": 0, "eval/exact": 0.1}, row, row | {"step": 2, "eval/exact": 0.3}])
+    assert [point.tokens for point in points] == [0.0, 140.0]
+    assert runs.score_at(points, "exact", 70.0, "tokens") == pytest.approx(0.2)
+    reached = runs.crossing(points, "exact", 0.25)
+    assert reached is not None
+    assert reached.tokens == pytest.approx(105.0)
+
+
 def test_the_first_crossing_counts_not_a_later_one():
     assert runs.first_crossing([0.0, 1.0, 0.0, 4.0], 0.5) == 0.5
     assert runs.first_crossing([0.0, 1.0, 0.0, 4.0], 2.0) == 2.5
