@@ -52,7 +52,8 @@ def utility(prompts: Sequence[str], images: Images, **_: Any) -> list[float]:
     """What the model of ``preference`` was taught to estimate, measured on the pixels; in [0, 1].
 
     The grades of ``assets/build_preference.py`` are defined on layers; here the background is the
-    median of the border, and ink is what differs enough from it.  0 without ink.
+    median of the border, and ink is what differs enough from it.  0 without ink.  Strong patterns
+    behind faint ink pass for ink themselves, which makes such a picture look better than it is.
     """
     pixels = torch.stack([torch.from_numpy(255 * _pixels(image)) for image in images])
     alpha, deviation = _layers(pixels.float().permute(0, 3, 1, 2))

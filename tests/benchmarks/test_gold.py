@@ -75,8 +75,8 @@ def test_utility_follows_the_stated_preference():
     images = build_preference.to_images(build_preference.softened(pictures, generator))
     found = torch.tensor(gold.utility([""] * len(images), images))
     stated = build_preference.utility(grades)
-    pairs = (found.view(2, -1), stated.view(2, -1))
-    assert build_preference.agreement(*pairs, build_preference.CLEAR) > 0.9
+    first, second = torch.stack([found, stated]).chunk(2, dim=1)
+    assert build_preference.agreement(first, second, build_preference.CLEAR) > 0.94
     assert float((found - stated).abs().mean()) < 0.08
 
 
