@@ -15,7 +15,7 @@ from diffusion.kernels import Kernel
 from diffusion.likelihoods import TimeSampler, Weighting, trained_indices
 from diffusion.schedule import Grid, Scheduler, sigma_grid
 from diffusion.steps import StepsConfig, StepTables
-from mmrl.adapters import LoraConfig
+from mmrl.adapters import TrainedModelConfig
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel, nearest
 from mmrl.types import Prompt
@@ -40,7 +40,7 @@ def check_sampler(sampling: RolloutConfig, section: str) -> None:
         )
 
 
-class ModelConfig(StrictModel):
+class ModelConfig(TrainedModelConfig):
     """Which network is trained, and in what form."""
 
     family: str = Field(
@@ -53,18 +53,6 @@ class ModelConfig(StrictModel):
     attention: Literal["auto", "sdpa", "xformers", "flash"] = Field(
         default="auto",
         description="Attention kernel; auto tries xformers, then flash, then sdpa.",
-    )
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="bf16",
-        description="Frozen weights and autocast; trained parameters are always fp32.",
-    )
-    lora: LoraConfig | None = Field(
-        default=LoraConfig(),
-        description="Null: train every parameter.",
-    )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Recompute blocks in the backward pass: less memory, more time.",
     )
     max_sequence_length: int = Field(
         default=256,

@@ -43,6 +43,23 @@ class LoraConfig(StrictModel):
     )
 
 
+class TrainedModelConfig(StrictModel):
+    """What every backend asks about the network that it trains."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16",
+        description="Frozen weights and autocast; trained parameters are always fp32.",
+    )
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(),
+        description="Null: train every parameter.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute blocks in the backward pass: less memory, more time.",
+    )
+
+
 def add_lora(model: Any, lora: LoraConfig, default_targets: Sequence[str] | str) -> None:
     """Freeze the model and add a trainable adapter whose output starts at 0.
 

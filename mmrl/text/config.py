@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmrl.adapters import LoraConfig
+from mmrl.adapters import TrainedModelConfig
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
 
 
-class ModelConfig(StrictModel):
+class ModelConfig(TrainedModelConfig):
     """Which model is trained, and in what form."""
 
     path: str = Field(
@@ -21,18 +21,6 @@ class ModelConfig(StrictModel):
         default="auto",
         description="Attention kernel of the update, in CUDA; auto tries flash, then xformers, "
         "then flex, then sdpa. Sampling and padded rows use sdpa.",
-    )
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="bf16",
-        description="Frozen weights and autocast; trained parameters are always fp32.",
-    )
-    lora: LoraConfig | None = Field(
-        default=LoraConfig(),
-        description="Null: train every parameter.",
-    )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Recompute blocks in the backward pass: less memory, more time.",
     )
 
 
