@@ -266,7 +266,7 @@ class Trainer:
 
         def divergence(terms: PolicyTerms, rows: MicroBatch) -> torch.Tensor:
             kl = kl_in_reward.divergence(terms, rows.drawn, section)
-            means.add(reduction.tallies({"kl": kl}, rows.drawn, rows.weights))
+            means.add(reduction.tallies({"kl_in_reward": kl}, rows.drawn, rows.weights))
             return kl
 
         kl = self._summed(rolled, scores, kl_in_reward.NEEDS, divergence)

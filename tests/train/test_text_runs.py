@@ -381,7 +381,7 @@ def test_divergence_in_the_reward_depends_on_no_split(model, tmp_path):
         "backend.rollout.drop_overlong=true", "training.num_steps=2",
     )  # fmt: skip
     whole = run(model, tmp_path / "whole", *options)
-    first, second = column(whole, "kl")
+    first, second = column(whole, "kl_in_reward")
     assert first == pytest.approx(0, abs=1e-6)
     assert abs(second) > 1e-3
     close(whole, run(model, tmp_path / "small", *options, "training.micro_batch_size=2"))
