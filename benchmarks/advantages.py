@@ -26,6 +26,7 @@ from benchmarks.runs import (
     Job,
     Run,
     ensure,
+    experiment_parser,
     mean_and_std,
     override,
     stop_when_terminated,
@@ -271,17 +272,11 @@ def plot(runs: Runs) -> Figure:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.advantages")
+    parser = experiment_parser("advantages", every=20)
     add = parser.add_argument
     add("--estimators", nargs="+", default=list(ESTIMATORS), help=f"any of {list(ESTIMATORS)}")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add("--steps", type=int, default=60, help="training steps of every run")
-    add("--every", type=int, default=20, help="steps between evaluations")
     add("--probes", type=int, default=16, help="prompts of each task for the gradient shares")
-    add("--runs", type=Path, default=Path("runs/advantages"), help="where the run folders go")
-    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
-    add("--fresh", action="store_true", help="train again what is finished")
-    add("overrides", nargs="*", help="a.b=value, for every run")
     return parser
 
 

@@ -33,6 +33,7 @@ from benchmarks.runs import (
     Run,
     costs,
     ensure_exported,
+    experiment_parser,
     mean_and_std,
     override,
     starts_apart,
@@ -492,16 +493,10 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation")
+    parser = experiment_parser("distillation", seeds=(0, 1, 2), every=20)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(RECIPES), help=f"any of {' '.join(RECIPES)}")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--budget", type=float, default=BUDGET, help="CPU-seconds of each method and seed")
-    add("--every", type=int, default=20, help="steps between evaluations")
-    add("--runs", type=Path, default=Path("runs/distillation"), help="where the run folders go")
-    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
-    add("--fresh", action="store_true", help="train again what is finished")
-    add("overrides", nargs="*", help="a.b=value, for every run")
     return parser
 
 

@@ -33,6 +33,7 @@ from benchmarks.runs import (
     Run,
     between,
     ensure,
+    experiment_parser,
     first_crossing,
     mean_and_std,
     override,
@@ -417,16 +418,10 @@ def _path(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard")
+    parser = experiment_parser("guard", seeds=(0, 1, 2), every=10)
     add = parser.add_argument
     add("--reward", choices=list(TASKS), default="ocr", help="what is trained")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=240, help="training steps of each run")
-    add("--every", type=int, default=10, help="steps between evaluations")
-    add("--runs", type=Path, default=Path("runs/guard"), help="where the run folders go")
-    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
-    add("--fresh", action="store_true", help="train again what is finished")
-    add("overrides", nargs="*", help="a.b=value, for both methods")
     return parser
 
 

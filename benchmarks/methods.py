@@ -30,6 +30,7 @@ from benchmarks.runs import (
     costs,
     crossing,
     ensure,
+    experiment_parser,
     mean_and_std,
     override,
     starts_apart,
@@ -382,19 +383,13 @@ def _search_record(runs: Path) -> Record | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods")
+    parser = experiment_parser("methods", every=5)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(RECIPES), help=f"any of {' '.join(RECIPES)}")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add("--budget", type=float, help="CPU-seconds of training of each run; default: as the recipe")
-    add("--every", type=int, default=5, help="steps between evaluations")
     add("--tuned", action="store_true", help="with the winners of the search")
     add("--search", action="store_true", help="search instead of comparing")
     add("--search-seed", type=int, default=100, help="the seed that --search trains")
-    add("--runs", type=Path, default=Path("runs/methods"), help="where the run folders go")
-    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
-    add("--fresh", action="store_true", help="train again what is finished")
-    add("overrides", nargs="*", help="a.b=value, for every method")
     return parser
 
 

@@ -33,6 +33,7 @@ from benchmarks.runs import (
     Run,
     crossing,
     ensure,
+    experiment_parser,
     mean_and_std,
     override,
     stop_when_terminated,
@@ -465,19 +466,13 @@ def _search_record(options: argparse.Namespace) -> Record | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.objective_zoo")
+    parser = experiment_parser("objective_zoo", every=5)
     add = parser.add_argument
     add("--task", choices=list(RECIPES), default="text")
     add("--methods", nargs="+", default=list(METHODS), help=f"any of {list(METHODS)}")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add("--steps", type=int, default=20, help="training steps of each run")
-    add("--every", type=int, default=5, help="steps between evaluations")
     add("--search", action="store_true", help="search instead of comparing")
     add("--search-seed", type=int, default=100, help="the seed that --search trains")
-    add("--runs", type=Path, default=Path("runs/objective-zoo"), help="where the run folders go")
-    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
-    add("--fresh", action="store_true", help="train again what is finished")
-    add("overrides", nargs="*", help="a.b=value, for every method")
     return parser
 
 

@@ -30,6 +30,7 @@ from benchmarks.runs import (
     Job,
     Run,
     ensure,
+    experiment_parser,
     mean_and_std,
     override,
     score_at,
@@ -265,19 +266,13 @@ def plot(runs: Runs) -> Figure:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prompt_sampling")
+    parser = experiment_parser("prompt_sampling", every=10)
     add_option = parser.add_argument
     add_option("--methods", nargs="+", default=list(METHODS), help=f"any of {list(METHODS)}")
-    add_option("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add_option("--steps", type=int, default=60, help="training steps of every run")
     add_option("--start-steps", type=int, default=60, help="steps of arithmetic before")
     add_option("--size", type=int, default=400, help="prompts in the mix")
     add_option("--samples", type=int, default=16, help="samples that tell solved from hopeless")
-    add_option("--every", type=int, default=10, help="steps between evaluations")
-    add_option("--runs", type=Path, default=Path("runs/prompt-sampling"), help="run folders")
-    add_option("--out", type=Path, default=tables.RESULTS, help="where the results go")
-    add_option("--fresh", action="store_true", help="train again what is finished")
-    add_option("overrides", nargs="*", help="a.b=value, for every run")
     return parser
 
 

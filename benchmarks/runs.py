@@ -7,6 +7,7 @@ are no part of them; what a whole command costs is kept apart, in ``pieces.json`
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import shutil
@@ -426,6 +427,23 @@ def score_at(points: Sequence[Point], name: str, at: float, along: Axis = "cpu")
 
 
 # Small things that the experiments share
+
+
+def experiment_parser(
+    name: str, *, seeds: Sequence[int] = (0, 1, 2, 3, 4), every: int | None = None
+) -> argparse.ArgumentParser:
+    """What every experiment is asked: seeds, folders, overrides; ``every`` if it evaluates."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=list(seeds))
+    if every is not None:
+        add("--every", type=int, default=every, help="steps between evaluations")
+    folder = Path("runs") / name.replace("_", "-")
+    add("--runs", type=Path, default=folder, help="where the run folders go")
+    add("--out", type=Path, default=tables.RESULTS, help="where the results go")
+    add("--fresh", action="store_true", help="train again what is finished")
+    add("overrides", nargs="*", help="a.b=value, for every run")
+    return parser
 
 
 def costs(run: Run) -> dict[str, Any]:
