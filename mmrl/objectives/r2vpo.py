@@ -28,6 +28,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "R2VPO 2026, arXiv:2601.03320"
 EVIDENCE: str = "reconstructed"
+TAKES_STALE = True
 VARIANCE = "ratio/variance"
 
 
