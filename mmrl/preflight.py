@@ -219,8 +219,8 @@ def _refuse_losses_of_fresh_samples(config: RunConfig, who: str) -> None:
             continue
         if not getattr(part.module, "TAKES_STALE", False):
             raise UserError(
-                f"{who}: regularisers[{i}]: {part.name!r} takes all samples for those of the "
-                "present policy; allowed: null, or a regulariser such as kl_reference"
+                f"{who}: regularisers[{i}]: {part.name!r} is not made for samples of earlier "
+                "policies; allowed: null, or a regulariser that is, such as kl_reference"
             )
         estimator = getattr(part.config, "estimator", None)
         if estimator in ESTIMATORS and not getattr(part.config, "ratio_weighted", False):
