@@ -7,7 +7,7 @@ the steps of a stochastic sampler (Flow-GRPO, GRPO-Guard, DiffusionOPD).  All no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,15 @@ class DiffusionBackend:
                 mask=mask,
                 logp_old=None if logp[0] is None else torch.stack(logp),
             )
+
+    def save_samples(self, payload: Any) -> dict[str, Tensor]:
+        """Clean latents, or the states of trained steps, on the CPU."""
+        return self._decisions.save(payload)
+
+    def load_samples(self, request: RolloutRequest, tensors: Mapping[str, Tensor]) -> Any:
+        """Inverse of ``save_samples``.  All noise follows from ``request``, as ever."""
+        del request
+        return self._decisions.load(tensors)
 
     def collate(
         self, rows: Sequence[tuple[RolloutGroup, int]], decisions: slice = slice(None)

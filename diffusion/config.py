@@ -382,6 +382,11 @@ class Config(StrictModel):
         return self.likelihood.num_times
 
     @property
+    def keeps_samples(self) -> bool:
+        """Samples are latents, which tensors hold."""
+        return True
+
+    @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """What accelerate calls the dtype of the model."""
         return "no" if self.model.dtype == "fp32" else self.model.dtype

@@ -73,6 +73,14 @@ class Decisions(Protocol):
         """Payload of a group from the records of its samples."""
         ...
 
+    def save(self, payload: Any) -> dict[str, Tensor]:
+        """The payload of a group as tensors on the CPU."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Inverse of ``save``."""
+        ...
+
     def collate(self, rows: Sequence[tuple[Any, int, NoiseKey]], decisions: slice) -> Any:
         """Payload of a micro-batch: of each row the group's payload, the index in it, the key."""
         ...

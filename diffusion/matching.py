@@ -78,6 +78,14 @@ class FlowMatching:
         """``records``: clean latents."""
         return CleanLatents.pack(records)
 
+    def save(self, payload: CleanLatents) -> dict[str, Tensor]:
+        """``x0`` [G, C, h, w]."""
+        return {"x0": payload.x0}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> CleanLatents:
+        """Inverse of ``save``."""
+        return CleanLatents(x0=tensors["x0"])
+
     def collate(self, rows: Sequence[tuple[Any, int, NoiseKey]], decisions: slice) -> FlowBatch:
         """The levels ``decisions`` of samples, with their noise."""
         keys = tuple(key for _, _, key in rows)

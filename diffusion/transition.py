@@ -98,6 +98,22 @@ class Transition:
         """``records``: paths."""
         return tuple(records)
 
+    def save(self, payload: tuple[Path, ...]) -> dict[str, Tensor]:
+        """``steps`` [G, K]; ``levels`` and ``states`` of all paths, M of each in ``counts`` [G]."""
+        return {
+            "steps": torch.stack([path.steps for path in payload]),
+            "counts": torch.tensor([len(path.levels) for path in payload]),
+            "levels": torch.cat([path.levels for path in payload]),
+            "states": torch.cat([path.states for path in payload]),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> tuple[Path, ...]:
+        """Inverse of ``save``."""
+        counts = tensors["counts"].tolist()
+        levels, states = (tensors[name].split(counts) for name in ("levels", "states"))
+        rows = zip(tensors["steps"], levels, states, strict=True)
+        return tuple(Path(steps=s, levels=at, states=x) for s, at, x in rows)
+
     def collate(
         self, rows: Sequence[tuple[Any, int, NoiseKey]], decisions: slice
     ) -> TransitionBatch:

@@ -6,7 +6,7 @@ sees a reward, an advantage or a loss; the trainer never sees a model family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,6 +33,11 @@ class BackendConfig(Protocol):
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """Precision of the model, in accelerate's words."""
+        ...
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether the backend has ``save_samples`` and ``load_samples``; optional, else not."""
         ...
 
 
@@ -66,6 +71,14 @@ class Backend(Protocol):
 
     def anchor(self, batch: UpdateBatch, needs: frozenset[str]) -> Sequence[Anchor]:
         """Each row under the present weights, for later updates to compare with (no gradient)."""
+        ...
+
+    def save_samples(self, payload: Any) -> dict[str, Tensor]:
+        """The payload of a group as tensors on the CPU, for ``training.stale`` and checkpoints."""
+        ...
+
+    def load_samples(self, request: RolloutRequest, tensors: Mapping[str, Tensor]) -> Any:
+        """Inverse of ``save_samples``, of the group that was drawn for ``request``."""
         ...
 
     def behaviour(self) -> AbstractContextManager[None]:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mmrl.errors import UserError
 from mmrl.sharding import trainable, whole, write
+from mmrl.stale import Stale
 from mmrl.zero import load_zero_moments, uses_zero, zero_moments
 
 MANIFEST = "manifest.json"
@@ -65,12 +66,16 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The live objects whose state a checkpoint holds besides ``Progress``."""
+    """The live objects whose state a checkpoint holds besides ``Progress``.
+
+    ``stale``: groups kept for later steps, where there are any.
+    """
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     auxiliary: Mapping[str, Tensor]
+    stale: Stale | None = None
 
 
 def save(
@@ -90,6 +95,8 @@ def save(
     started = bool(trained.optimizer.state)
     moments = _moments(accelerator, trained) if started else {}
     torch.save(random_state(), temporary / f"random-{accelerator.process_index}.pt")
+    if trained.stale is not None:
+        trained.stale.save(temporary)
     accelerator.wait_for_everyone()
     if main:
         save_file(weights, temporary / "weights.safetensors")
@@ -118,6 +125,8 @@ def load(folder: Path, accelerator: Accelerator, trained: Trained) -> tuple[Prog
     trained.scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
     if accelerator.scaler is not None and (folder / SCALER).is_file():
         accelerator.scaler.load_state_dict(torch.load(folder / SCALER, weights_only=True))
+    if trained.stale is not None:
+        trained.stale.load(folder)
     states = folder / f"random-{accelerator.process_index}.pt"
     # A larger world than the saved one has new processes; all training noise is derived from
     # seeds, so they only lose the position of library-internal generators.

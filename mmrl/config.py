@@ -95,6 +95,17 @@ class OptimizerConfig(StrictModel):
     warmup_updates: int = Field(default=0, ge=0, description="linear warm-up, in optimizer steps")
 
 
+class StaleConfig(StrictModel):
+    """Groups of earlier steps that are trained again; see ``mmrl.stale``."""
+
+    steps: int = Field(ge=1, description="groups are kept for so many steps after their own")
+    groups: int = Field(
+        ge=1,
+        description="kept groups that a step trains beside its own, over all processes; all there "
+        "are where they are fewer",
+    )
+
+
 class TrainingConfig(StrictModel):
     """How much is rolled out and how it is spent."""
 
@@ -120,6 +131,9 @@ class TrainingConfig(StrictModel):
         ge=0,
         description="further batches of prompts, at most, in place of groups whose samples all "
         "earned the same (dynamic sampling); 0 trains on all groups",
+    )
+    stale: StaleConfig | None = Field(
+        default=None, description="replay of groups of earlier steps; null: none"
     )
     max_bad_updates: int = Field(
         default=5, ge=1, description="consecutive non-finite gradients before the run aborts"

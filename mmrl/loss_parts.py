@@ -10,6 +10,10 @@
 An objective with ``WHOLE_GROUPS = True`` has the samples of a group in one optimizer step, and one
 whose ``needs_whole_samples(config)`` is true all decisions of a sample in one micro-batch.
 
+A part with ``TAKES_STALE = True`` may be given the samples of earlier policies that
+``training.stale`` keeps: an objective weighs them by their ratio, a regulariser reads a closed form
+or weighs its estimate.
+
 ``signals`` and ``couple`` see all processes and answer the same on each; ``loss`` finds both in
 ``batch.signals``.  A loss that couples samples is written with the numbers of ``couple`` as
 constant coefficients of its own decisions, so it needs neither whole groups in a micro-batch nor

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmrl import facts
 from mmrl.config import Part, RunConfig
+from mmrl.divergences import ESTIMATORS
 from mmrl.errors import UserError
 from mmrl.needs import asked_before_updates, asked_of_updates, asks_survey
 from mmrl.prompts.dataset import load_prompts
@@ -43,6 +44,7 @@ def refuse_unless_consistent(config: RunConfig) -> None:
     refuse_contradictions(config)
     refuse_misplaced_tempering(config)
     refuse_repeated_samples(config)
+    refuse_misused_stale(config)
     samples = training.prompts_per_step * training.group_size
     whole = getattr(config.objective.module, "WHOLE_GROUPS", False)
     if whole and training.updates_per_epoch > training.prompts_per_step:
@@ -172,6 +174,65 @@ def refuse_repeated_samples(config: RunConfig) -> None:
             raise UserError(
                 f"selection[{i}]: {part.name!r} leaves few samples of a group, some several times, "
                 f"but {coupled[0]} compares the samples with each other; leave one out"
+            )
+
+
+def refuse_misused_stale(config: RunConfig) -> None:
+    """``UserError`` where samples of earlier steps cannot be kept, or would be trained wrongly."""
+    stale, size = config.training.stale, config.training.prompts_per_step
+    if stale is None:
+        return
+    who = f"training.stale: {{steps: {stale.steps}, groups: {stale.groups}}}"
+    if stale.groups > stale.steps * size:
+        raise UserError(
+            f"training.stale.groups: {stale.groups} is more than the {stale.steps * size} groups "
+            f"that are kept at most (training.stale.steps: {stale.steps} x "
+            f"training.prompts_per_step: {size}); allowed: {stale.steps * size} or less"
+        )
+    if not getattr(config.backend.config, "keeps_samples", False):
+        raise UserError(
+            f"{who}: backend {config.backend.name!r} cannot save its samples; allowed with it: null"
+        )
+    if config.selection:
+        raise UserError(
+            f"{who} adds samples that selection[0]: {config.selection[0].name!r} does not see; "
+            "allowed with it: selection: []"
+        )
+    for i, part in enumerate(config.modulators):
+        if getattr(part.module, "TEMPERS", False) or hasattr(part.module, "learn"):
+            raise UserError(
+                f"{who}: modulators[{i}]: {part.name!r} asks the policy that sampled, or learns "
+                "from the update, and would take kept samples for fresh ones; leave one out"
+            )
+    _refuse_losses_of_fresh_samples(config, who)
+
+
+def _refuse_losses_of_fresh_samples(config: RunConfig, who: str) -> None:
+    objective, parts = config.objective, config.regularisers
+    if not getattr(objective.module, "TAKES_STALE", False):
+        raise UserError(
+            f"{who}: objective {objective.name!r} does not weigh samples of earlier policies by "
+            "their ratio; allowed: null, or an objective that does, such as r2vpo or grpo"
+        )
+    for i, part in enumerate(parts):
+        if not part.config.coef:  # type: ignore[attr-defined]
+            continue
+        if not getattr(part.module, "TAKES_STALE", False):
+            raise UserError(
+                f"{who}: regularisers[{i}]: {part.name!r} is not made for samples of earlier "
+                "policies; allowed: null, or a regulariser that is, such as kl_reference"
+            )
+        estimator = getattr(part.config, "estimator", None)
+        if estimator in ESTIMATORS and not getattr(part.config, "ratio_weighted", False):
+            raise UserError(
+                f"regularisers[{i}].ratio_weighted: false takes samples for those of the present "
+                f"policy, to which {who} adds others; allowed with it and {estimator}: true"
+            )
+    for name, needs in asked_of_updates(config):
+        if "mean_gap_old" in needs:
+            raise UserError(
+                f"{who}: {name} compares means with those of the policy that sampled, which are "
+                "not kept; allowed with it: null"
             )
 
 
@@ -398,7 +459,9 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     size = config.training
     samples = size.prompts_per_step * size.group_size
     updates = size.num_epochs * size.updates_per_epoch
-    per_update = -(-samples // size.updates_per_epoch)
+    stale = size.stale
+    again = 0 if stale is None else stale.groups * size.group_size
+    per_update = -(-(samples + again) // size.updates_per_epoch)
     judged = len(evaluation) * config.evaluation.samples_per_prompt
     least, most = group_sizes(config)
     each = f"{size.group_size}" if least == most else f"{size.group_size} ({least} to {most})"
@@ -419,6 +482,7 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
             "samples per step",
             f"{samples} = {size.prompts_per_step} prompts x {each}",
         ),
+        *([("stale samples", f"{again} more, of the last {stale.steps} steps")] if stale else []),
         ("micro-batches", f"{batches} per optimizer step, of at most {held} {unit}"),
         ("optimizer steps", f"{size.num_steps * updates} = {size.num_steps} steps x {updates}"),
         ("samples in all", str(samples * size.num_steps)),

@@ -15,7 +15,7 @@ from mmrl.distributed import gather_items
 from mmrl.needs import needs_of
 from mmrl.preflight import clip_range, refuse_gap
 from mmrl.types import Advantages, Anchor, PolicyTerms, RolloutGroup, Tempering, UpdateBatch
-from mmrl.windows import MicroBatch, Window
+from mmrl.windows import MicroBatch, Sample, Window
 
 ANCHORED = frozenset({"logp", "mean_gap_old"})
 """Terms by which an objective compares the policy with the one that sampled."""
@@ -41,7 +41,8 @@ class Replay:
         parts = config.regularisers
         weighted = any(getattr(part.config, "ratio_weighted", False) for part in parts)
         weighted |= config.correction is not None
-        return (bool(needs & ANCHORED) or weighted) and (several or self.backend.off_policy)
+        other = several or self.backend.off_policy or training.stale is not None
+        return (bool(needs & ANCHORED) or weighted) and other
 
     def trusts(self, group: RolloutGroup) -> bool:
         """Whether log-probabilities of the rollout are as good as those of a replay.
@@ -72,7 +73,7 @@ class Replay:
         """The largest change of each decision's log-probability when it is asked for again.
 
         One number for all where samples differ in their decisions.  ``UserError`` if it is too
-        large to train.
+        large to train.  Of stale samples, which other weights drew, nothing is expected.
         """
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
         gaps = torch.zeros(decisions or 1, dtype=torch.float64)
@@ -80,13 +81,15 @@ class Replay:
         with self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
                 batch = self.collate(rows)
-                if self.trusts(rows.samples[0].group):
+                if all(self.trusts(sample.group) for sample in rows.samples):
                     known = _of_rollout(rows).to(self.accelerator.device)
                 else:
                     with torch.no_grad():
                         known = self.backend.evaluate(batch, needs).logp
                 replayed = self.backend.evaluate(batch, needs).logp.detach()
-                gap = (replayed - known).double().masked_fill(~batch.mask, 0.0).abs()
+                fresh = torch.tensor([not s.group.age for s in rows.samples])[:, None]
+                looked_at = batch.mask & fresh.to(batch.mask.device)
+                gap = (replayed - known).double().masked_fill(~looked_at, 0.0).abs()
                 gap = gap.amax() if decisions is None else gap.amax(0)
                 # Every maximum here keeps a NaN.
                 gaps[rows.decisions] = torch.maximum(gaps[rows.decisions], gap.cpu())
@@ -97,13 +100,21 @@ class Replay:
         return found
 
     def anchor(self, windows: Sequence[Window], tempering: Tempering | None) -> Anchors:
-        """Every row of the step under the policy that sampled."""
+        """Every row of the step under the policy that sampled.
+
+        Stale rows are in the batch, so that fresh ones are rounded as they will be in the update,
+        but keep what was stored when they were fresh.
+        """
         anchors: Anchors = {}
         with torch.no_grad(), self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
                 batch = self.collate(rows, tempering=tempering)
                 found = self.backend.anchor(batch, self.needs(batch))
-                anchors |= zip(rows.keys, found, strict=True)
+                for key, sample, anchor in zip(rows.keys, rows.samples, found, strict=True):
+                    if sample.group.age:
+                        stored = _recorded(sample)[rows.decisions]
+                        anchor = Anchor(logp=stored.to(anchor.logp.device))
+                    anchors[key] = anchor
         return anchors
 
     def collate(
@@ -150,9 +161,12 @@ class Replay:
 
 
 def _of_rollout(rows: MicroBatch) -> torch.Tensor:
-    """[B, K] log-probabilities that the rollout recorded."""
-    known = []
-    for sample in rows.samples:
-        assert sample.group.logp_old is not None, "only asked where the rollout recorded them"
-        known.append(sample.group.logp_old[sample.index])
+    """[B, K] log-probabilities that the rollout recorded, or that a stale group was kept with."""
+    known = [_recorded(sample) for sample in rows.samples]
     return reduction.side_by_side(known)[:, rows.decisions]
+
+
+def _recorded(sample: Sample) -> torch.Tensor:
+    """[K] of all decisions of a sample."""
+    assert sample.group.logp_old is not None, "only asked where somebody recorded them"
+    return sample.group.logp_old[sample.index]

@@ -44,6 +44,7 @@ from mmrl.resolve import backend_module
 from mmrl.rollouts import Trainable, make_requests
 from mmrl.run_folder import COMPLETIONS, flatten
 from mmrl.sharding import part_of
+from mmrl.stale import Stale
 from mmrl.trainer import Trainer
 from mmrl.types import Advantages, Prompt
 from mmrl.zero import clip_inside_zero, torch_optimizer, uses_zero
@@ -346,6 +347,14 @@ def make_trainer(session: Session) -> Trainer:
         torch_optimizer(prepared),
         lambda n: _lr_factor(section.schedule, section.warmup_updates, updates, n),
     )
+    stale = None
+    if training.stale is not None:
+        stale = Stale(
+            config=config,
+            accelerator=accelerator,
+            backend=session.backend,
+            prompts=session.training_prompts,
+        )
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -354,6 +363,7 @@ def make_trainer(session: Session) -> Trainer:
         scheduler=scheduler,
         prompts=session.training_prompts,
         scorer=Scorer(config.rewards),
+        stale=stale,
     )
 
 
@@ -378,6 +388,7 @@ def _trained(session: Session, trainer: Trainer) -> checkpoint.Trained:
         optimizer=optimizer,
         scheduler=trainer.scheduler,
         auxiliary=session.backend.auxiliary_state(),
+        stale=trainer.stale,
     )
 
 

@@ -61,6 +61,7 @@ from mmrl.rollouts import (
     why_unscored,
     with_facts,
 )
+from mmrl.stale import Stale, Update, spread
 from mmrl.types import (
     Advantages,
     LossTerms,
@@ -86,9 +87,10 @@ NUM_TOKENS = "num_tokens"
 
 @dataclass
 class Trainer:
-    """One run in progress. ``progress`` alone changes; everything else is fixed at start.
+    """One run in progress. ``progress`` and ``stale`` change; everything else is fixed at start.
 
-    ``observe`` is shown what each step trains on, on every process.
+    ``observe`` is shown what each step rolled out to train on, on every process.  ``stale``: groups
+    of earlier steps, where these are trained again.
     """
 
     config: RunConfig
@@ -102,6 +104,7 @@ class Trainer:
     observe: Callable[[Trainable, Advantages], None] | None = None
     unscored_in_a_row: int = 0
     replay_gap: torch.Tensor | None = None
+    stale: Stale | None = None
 
     @property
     def _replay(self) -> Replay:
@@ -334,6 +337,11 @@ class Trainer:
         anchors: Anchors = {}
         signals = step_signals(loss_parts(self.config), scores, advantages)
         kept = self._kept(rolled, scores, advantages, means)
+        fresh = Update(rolled, scores, advantages, signals)
+        if self.stale is not None:
+            rolled, scores, advantages, signals = self.stale.joined(
+                fresh, self.progress.step, means
+            )
         for epoch in range(training.num_epochs):
             windows = self._plan(rolled, scores, advantages, epoch, kept)
             if self.replay_gap is None:
@@ -343,6 +351,8 @@ class Trainer:
             for window in windows:
                 own = self._coupled(window, scores, anchors, signals)
                 self._update_window(window, advantages, anchors, own, means)
+        if self.stale is not None:
+            self.stale.add(fresh, self.progress.step, anchors)
 
     def _coupled(
         self, window: Window, scores: Scores, anchors: Anchors, signals: Signals
@@ -462,6 +472,8 @@ class Trainer:
         coefficients = whole[:, rows.decisions].to(batch.weights)
         places, states = [sample.position for sample in rows.samples], self._states
         means.add(terms.metrics)
+        if self.stale is not None:
+            means.add(spread(terms, batch, rows))
         if any(hasattr(part.module, "learn") for part in self.config.modulators):
             means.add(reduction.tallies({"surprise": -terms.logp}, batch.mask, batch.weights))
         total = batch.weights.new_zeros(())

@@ -90,6 +90,8 @@ class RolloutGroup:
     ``mask`` [G, K] bool: decisions that exist and are trained.  ``everything`` [G, K] bool: those
     that exist, or ``None`` where all are trained.  ``truncated`` [G] bool: samples that were cut
     off before they ended, or ``None`` where none was.  ``metrics``: what is logged of them.
+    ``age``: steps since it was drawn.  Above 0 ``logp_old`` is what its samples are compared with,
+    and nobody may ask for it again.
     """
 
     request: RolloutRequest
@@ -100,6 +102,7 @@ class RolloutGroup:
     everything: Tensor | None = None
     truncated: Tensor | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    age: int = 0
 
     @property
     def drawn(self) -> Tensor:
@@ -117,6 +120,7 @@ class RolloutGroup:
         if self.everything is not None:
             _check(self.everything, "everything", 2, torch.bool)
             require(self.everything.shape == self.mask.shape, "everything and mask differ in shape")
+        require(not self.age or self.logp_old is not None, "a stale group has no logp_old")
         if self.truncated is not None:
             _check(self.truncated, "truncated", 1, torch.bool)
             require(len(self.truncated) == size, f"truncated has {len(self.truncated)} values")

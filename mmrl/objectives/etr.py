@@ -25,6 +25,7 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, UpdateBatch
 
 PAPER = "ETR 2026, arXiv:2601.03723"
 EVIDENCE: str = "reconstructed"
+TAKES_STALE = True
 
 
 class Config(StrictModel):

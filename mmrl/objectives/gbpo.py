@@ -33,6 +33,7 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, UpdateBatch
 PAPER = "BRRL 2026, arXiv:2604.18578"
 EVIDENCE: str = "code"
 IGNORES_SIGN = True
+TAKES_STALE = True
 TOLERANCE = 1e-5
 """A ratio this near its target is at it: at the kink, rounding must not choose the gradient."""
 

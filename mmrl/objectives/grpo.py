@@ -29,6 +29,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Shao et al. 2024, arXiv:2402.03300"
 EVIDENCE = "code"
+TAKES_STALE = True
 
 
 class Config(StrictModel):

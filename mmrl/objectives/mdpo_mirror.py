@@ -32,6 +32,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Tomar et al. 2020, arXiv:2005.09814"
 EVIDENCE: str = "code"
+TAKES_STALE = True
 
 
 class Config(StrictModel):

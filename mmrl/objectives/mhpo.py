@@ -27,6 +27,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "MHPO 2026, arXiv:2603.16929"
 EVIDENCE: str = "paper"
+TAKES_STALE = True
 
 
 class Config(StrictModel):

@@ -8,6 +8,11 @@ the clip, and is that of chi^2(new || old), about twice the KL divergence of a s
 multiplier is updated once for each optimizer step, from the mean over its decisions on all
 processes.  A decision is drawn to the ratio 1 + A / (2 multiplier).
 
+``logp_old`` is of the policy that drew the sample, however old: with ``training.stale`` groups of
+earlier steps are trained beside the fresh ones, their ratios are further from 1, and the square
+damps them.  V is then the mean over both.  That old rollouts may be reused is published; which
+ones, and how many, is ours (``mmrl.stale``).
+
 Only abstracts and a re-implementation with a fixed multiplier of 0.04 were reachable: the dual
 update is the textbook one, and target, rate and bounds are ours.  A third-party benchmark of the
 fixed form found low errors, but also low final entropies: log the entropy.
@@ -28,6 +33,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "R2VPO 2026, arXiv:2601.03320"
 EVIDENCE: str = "reconstructed"
+TAKES_STALE = True
 VARIANCE = "ratio/variance"
 
 

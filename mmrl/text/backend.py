@@ -183,6 +183,27 @@ class TextBackend:
             raise ValueError(f"prompt {prompt.text!r} was not among those given to build()")
         return self._prompts[prompt.id]
 
+    def save_samples(self, payload: Completions) -> dict[str, Tensor]:
+        """Tokens and log-probabilities of all samples, one after another, and their ``lengths``."""
+        samples = payload.samples
+        return {
+            "lengths": torch.tensor([len(sample.ids) for sample in samples]),
+            "ids": torch.tensor([token for sample in samples for token in sample.ids]),
+            "logp": torch.tensor([x for s in samples for x in s.logp], dtype=torch.float64),
+            "finished": torch.tensor([sample.finished for sample in samples]),
+        }
+
+    def load_samples(self, request: RolloutRequest, tensors: Mapping[str, Tensor]) -> Completions:
+        """Inverse of ``save_samples``; the prompt is encoded again if it is no longer held."""
+        lengths = tensors["lengths"].tolist()
+        ids, logp = (tensors[name].split(lengths) for name in ("ids", "logp"))
+        finished = tensors["finished"].tolist()
+        samples = tuple(
+            Completion(ids=i.tolist(), logp=x.tolist(), finished=end)
+            for i, x, end in zip(ids, logp, finished, strict=True)
+        )
+        return Completions(prompt=self._prompt(request.prompt), samples=samples)
+
     # Update
 
     def collate(

@@ -159,6 +159,11 @@ class Config(StrictModel):
         return self.rollout.max_tokens
 
     @property
+    def keeps_samples(self) -> bool:
+        """Samples are tokens, which tensors hold."""
+        return True
+
+    @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """What accelerate calls the dtype of the model."""
         return "no" if self.model.dtype == "fp32" else self.model.dtype

@@ -72,6 +72,12 @@ class ToyBackend:
         memory = terms.logp_tempered if "logp_tempered" in needs else [None] * len(terms.logp)
         return [Anchor(logp=x, memory=m) for x, m in zip(terms.logp, memory, strict=True)]
 
+    def save_samples(self, payload):
+        return {"x": payload}
+
+    def load_samples(self, request, tensors):
+        return tensors["x"]
+
     def behaviour(self):
         return self.averaged() if self.off_policy else nullcontext()
 

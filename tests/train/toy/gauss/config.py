@@ -12,6 +12,7 @@ class Config(StrictModel):
 
     decisions: int = Field(3, ge=1)
     drift: float = 0.0
+    keeps: bool = True
     knows_logp: bool = False
     off_policy: bool = False
     poison_step: int | None = None
@@ -24,6 +25,10 @@ class Config(StrictModel):
     @property
     def num_decisions(self) -> int:
         return self.decisions
+
+    @property
+    def keeps_samples(self) -> bool:
+        return self.keeps
 
     @property
     def mixed_precision(self) -> str:
