@@ -49,9 +49,13 @@ class Replay:
 
         In half precision they are not: batches of other shapes are rounded differently.
         """
-        exact = self.config.backend.config.mixed_precision == "no"  # type: ignore[attr-defined]
         remembered = needs_of(self.config) & {"mean_gap_old", per_decision.TERM}
-        return exact and group.logp_old is not None and not remembered
+        return self._exact and group.logp_old is not None and not remembered
+
+    @property
+    def _exact(self) -> bool:
+        """Whether a sample gives the same whatever stands beside it in a batch."""
+        return self.config.backend.config.mixed_precision == "no"  # type: ignore[attr-defined]
 
     def needs(self, batch: UpdateBatch) -> frozenset[str]:
         """Terms that the loss reads of ``batch``."""
@@ -99,6 +103,22 @@ class Replay:
         refuse_gap(float(found.max()), precision, clip)
         return found
 
+    def anchors(
+        self, plans: Sequence[Sequence[Window]], group: RolloutGroup, tempering: Tempering | None
+    ) -> list[Anchors]:
+        """For the windows of each epoch what the policy that sampled says of their rows.
+
+        In half precision each epoch is asked about in its own batches, so that only a change of the
+        weights changes a ratio.  Empty where nothing has to be asked: ``group`` is one of the step.
+        """
+        if not self.off_policy or self.trusts(group):
+            return [{} for _ in plans]
+        first = self.anchor(plans[0], tempering)
+        shuffled = self.config.training.updates_per_epoch > 1
+        if self._exact or not shuffled:
+            return [first for _ in plans]
+        return [first, *(self.anchor(windows, tempering) for windows in plans[1:])]
+
     def anchor(self, windows: Sequence[Window], tempering: Tempering | None) -> Anchors:
         """Every row of the step under the policy that sampled.
 
@@ -110,11 +130,16 @@ class Replay:
             for rows in (rows for window in windows for rows in window.micro_batches):
                 batch = self.collate(rows, tempering=tempering)
                 found = self.backend.anchor(batch, self.needs(batch))
-                for key, sample, anchor in zip(rows.keys, rows.samples, found, strict=True):
+                weights = rows.weights.tolist()
+                for key, sample, anchor, weight in zip(
+                    rows.keys, rows.samples, found, weights, strict=True
+                ):
                     if sample.group.age:
                         stored = _recorded(sample)[rows.decisions]
                         anchor = Anchor(logp=stored.to(anchor.logp.device))
-                    anchors[key] = anchor
+                    # A row that only fills a batch up may be asked about elsewhere in earnest.
+                    if weight or key not in anchors:
+                        anchors[key] = anchor
         return anchors
 
     def collate(

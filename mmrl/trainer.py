@@ -334,7 +334,6 @@ class Trainer:
             means.add({"skipped_steps": (1.0, 1.0)})
             return
         training, replay = self.config.training, self._replay
-        anchors: Anchors = {}
         signals = step_signals(loss_parts(self.config), scores, advantages)
         kept = self._kept(rolled, scores, advantages, means)
         fresh = Update(rolled, scores, advantages, signals)
@@ -342,17 +341,17 @@ class Trainer:
             rolled, scores, advantages, signals = self.stale.joined(
                 fresh, self.progress.step, means
             )
-        for epoch in range(training.num_epochs):
-            windows = self._plan(rolled, scores, advantages, epoch, kept)
-            if self.replay_gap is None:
-                self.replay_gap = replay.gaps(windows)
-            if epoch == 0 and replay.off_policy and not replay.trusts(rolled.groups[0]):
-                anchors = replay.anchor(windows, advantages.tempering)
+        epochs = range(training.num_epochs)
+        plans = [self._plan(rolled, scores, advantages, epoch, kept) for epoch in epochs]
+        if self.replay_gap is None:
+            self.replay_gap = replay.gaps(plans[0])
+        known = replay.anchors(plans, rolled.groups[0], advantages.tempering)
+        for windows, anchors in zip(plans, known, strict=True):
             for window in windows:
                 own = self._coupled(window, scores, anchors, signals)
                 self._update_window(window, advantages, anchors, own, means)
         if self.stale is not None:
-            self.stale.add(fresh, self.progress.step, anchors)
+            self.stale.add(fresh, self.progress.step, known[0])
 
     def _coupled(
         self, window: Window, scores: Scores, anchors: Anchors, signals: Signals

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy.run import column, metrics_of, toy_config, weights_of
 
 from mmrl.errors import UserError
+from mmrl.replay import Replay
 
 
 def test_learns(toy):
@@ -164,3 +166,34 @@ def made(folder):
     """The folder, created."""
     folder.mkdir()
     return folder
+
+
+class Asked(Replay):
+    """Says which windows it was asked about, in place of asking a model."""
+
+    off_policy = True
+
+    def trusts(self, group) -> bool:
+        return group is None
+
+    def anchor(self, windows, tempering):
+        return {"of": windows}
+
+
+@pytest.mark.parametrize(
+    ("precision", "updates", "expected"),
+    [
+        ("bf16", 2, "ab"),  # in later epochs others stand beside a sample, which rounds differently
+        ("bf16", 1, "aa"),  # every epoch is cut into the same batches
+        ("no", 2, "aa"),
+    ],
+)
+def test_each_epoch_is_compared_in_its_own_batches(precision, updates, expected):
+    config = SimpleNamespace(
+        backend=SimpleNamespace(config=SimpleNamespace(mixed_precision=precision)),
+        training=SimpleNamespace(updates_per_epoch=updates),
+    )
+    replay = Asked(config=config, accelerator=None, backend=None)  # type: ignore[arg-type]
+    found = replay.anchors(["a", "b"], "group", None)  # type: ignore[arg-type]
+    assert [each["of"] for each in found] == list(expected)  # type: ignore[call-overload]
+    assert replay.anchors(["a", "b"], None, None) == [{}, {}]  # type: ignore[arg-type]
