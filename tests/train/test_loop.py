@@ -171,7 +171,9 @@ def made(folder):
 class Asked(Replay):
     """Says which windows it was asked about, in place of asking a model."""
 
-    off_policy = True
+    @property
+    def off_policy(self) -> bool:
+        return True
 
     def trusts(self, group) -> bool:
         return group is None
