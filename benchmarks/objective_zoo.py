@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,17 +116,17 @@ METHODS: dict[str, Method] = {
     "mdpo_mirror": _loss("mdpo_mirror"),
     "real": _loss("real"),
     "r2vpo": _loss("r2vpo"),
-    "group, by deviation": _advantage("group"),
+    "group_std": _advantage("group"),
     "leave_one_out": _advantage("leave_one_out"),
     "g2rpo": _advantage("g2rpo"),
-    "risk, pass@4": _advantage("risk", measure="pass_at_k", k=4),
-    "risk, mixed_var": _advantage("risk", measure="mixed_var", scope="batch"),
+    "risk_pass_at_4": _advantage("risk", measure="pass_at_k", k=4),
+    "risk_mixed_var": _advantage("risk", measure="mixed_var", scope="batch"),
     "riskpo": _advantage("riskpo", bundle_size=4, credit="sum_mean", natural_baseline=False),
     "bnpo": _advantage("bnpo"),
     "gdpo_decoupled": _advantage("gdpo_decoupled"),
     "copo_consistency": _advantage("copo_consistency"),
     "optimal_baseline": _advantage("optimal_baseline"),
-    "subpo, max": _advantage("subpo", function="max", reward_weight=0.5),
+    "subpo_max": _advantage("subpo", function="max", reward_weight=0.5),
     "gp_loo": _advantage("gp_loo", fit=True),
     "adora": _modulator("adora", rule="vlm", success=0.5),
     "dcpo": _modulator("dcpo"),
@@ -196,7 +195,7 @@ def run_job(
               {"label": PASS, "name": "benchmarks.objective_zoo.solved"})  # fmt: skip
     return Job(
         config=RECIPES[options.task],
-        folder=_folder(options) / f"{_word(name)}-seed{seed}",
+        folder=_folder(options) / f"{name}-seed{seed}",
         seed=seed,
         overrides=(
             *_shared(options),
@@ -213,7 +212,7 @@ def trials(name: str) -> list[search.Trial]:
     return [
         search.Trial(
             method=name,
-            name=f"{_word(name)}-{rate:g}",
+            name=f"{name}-{rate:g}",
             overrides=(override(search.LEARNING_RATE, rate),),
         )
         for rate in RATES
@@ -273,10 +272,6 @@ def _for_task(reward: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Answers that are right or wrong are those of four tasks of the vision-language model."""
     exact = {"tasks": ["count", "colour", "compare", "position"]} if task == "vlm" else {}
     return {**reward, **exact}
-
-
-def _word(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "-").replace("@", "")
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -477,7 +472,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(str(error))
+    tables.script(main)

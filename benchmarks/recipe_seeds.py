@@ -9,7 +9,6 @@ what was interrupted is continued; ``--fresh`` begins anew.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 
 from benchmarks import tables
 from benchmarks.runs import Job, Run, costs, ensure, mean_and_std, override, stop_when_terminated
-from mmrl.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +105,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(str(error))
+    tables.script(main)

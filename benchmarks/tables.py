@@ -8,18 +8,29 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from mmrl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "trl", "xformers",
             "rapidocr", "onnxruntime", "ddddocr")  # fmt: skip
 ABSENT = "-"
+
+
+def script(main: Callable[[], int]) -> NoReturn:
+    """Exit with the status of ``main``, or with 1 and the message of its ``UserError``."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(str(error))
 
 
 @dataclass(frozen=True, kw_only=True)
