@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmrl.errors import UserError, require
 from mmrl.schema import nearest
-from mmrl.types import Greatest, Least, Metric
+from mmrl.types import Greatest, Least, Metric, UpdateBatch
 
 Aggregation = Literal[
     "decision_mean",
@@ -146,6 +146,12 @@ def linearised(value: Tensor, slope: Tensor, variable: Tensor) -> Tensor:
     them, and are constants here.
     """
     return value.detach() + slope.detach() * (variable - variable.detach())
+
+
+def coupled_loss(batch: UpdateBatch, variable: Tensor) -> Tensor:
+    """``linearised`` in ``variable`` [B, K] by the batch's signals ``value`` and ``slope``."""
+    value, slope = (batch.signal(name).to(variable.dtype) for name in ("value", "slope"))
+    return linearised(value, slope, variable)
 
 
 # Rows of several lengths, and the log

@@ -22,6 +22,8 @@ MODEL_LIBRARIES = frozenset({"diffusers", "transformers", "peft", "open_clip", "
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_POSITIONAL = 7
+MAX_OBJECTIVE_LINES = 60
+"""Of code in a file of ``mmrl/objectives``: blank lines, comments and documentation are free."""
 LONG_FUNCTIONS: dict[str, int] = {}
 """``module.function`` -> lines: known exceptions; the list only ever shrinks."""
 
@@ -164,6 +166,47 @@ def test_sizes(path):
         assert length(node) <= LONG_FUNCTIONS.get(name, MAX_FUNCTION_LINES), name
         positional = [*node.args.posonlyargs, *node.args.args]
         assert len(positional) <= MAX_POSITIONAL, f"{name} takes {len(positional)} arguments"
+
+
+def code_lines(text: str) -> int:
+    """Lines that are neither blank nor a comment nor part of a string that stands by itself."""
+    documentation: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            assert node.end_lineno is not None
+            documentation |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate((line.strip() for line in text.splitlines()), 1)
+    return sum(bool(line) and line[0] != "#" and n not in documentation for n, line in lines)
+
+
+OBJECTIVES = [path for path in FILES if within(module_name(path), "mmrl.objectives")]
+
+
+@pytest.mark.parametrize("path", OBJECTIVES, ids=module_name)
+def test_an_objective_fits_on_a_page(path):
+    assert code_lines(path.read_text(encoding="utf-8")) <= MAX_OBJECTIVE_LINES
+
+
+def test_only_code_is_counted():
+    text = '''"""What it is.
+
+    More of it.
+    """
+
+# why
+X = 1  # so
+"""A number."""
+
+
+def f(x):
+    "What it does."
+    return (
+        x, """
+        text
+        """
+    )
+'''
+    assert code_lines(text) == 7
 
 
 def test_exceptions_are_still_needed():

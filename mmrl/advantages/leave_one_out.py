@@ -15,6 +15,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import Advantages, Scores
 
 PAPER = "Ahmadian et al. 2024, arXiv:2402.14740"
+EVIDENCE = "paper"
 MIN_GROUP_SIZE = 2
 
 

@@ -26,6 +26,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Ionides 2008, doi:10.1198/106186008X320456"
+EVIDENCE = "paper"
 
 
 class Config(StrictModel):

@@ -44,6 +44,18 @@ def group_losses(
     return values, slopes
 
 
+def coupled_by_group(
+    survey: Survey, scale: Tensor, function: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Signals ``value`` and ``slope`` [W] of a loss of each group in its log-ratios over ``scale``.
+
+    ``scale`` [W]: what a sample's sum of log-ratios is divided by before ``function`` sees it, as
+    in ``group_losses``; its length for the mean.  The slope is in that mean.
+    """
+    value, slope = group_losses(survey, survey.log_ratio["old"] / scale, function)
+    return {"value": value, "slope": slope * (survey.length / scale)}
+
+
 def _swapped(
     function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, log_ratio: Tensor
 ) -> Tensor:

@@ -20,6 +20,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "MiniMax 2025, arXiv:2506.13585"
+EVIDENCE = "code"
 TAKES_STALE = True
 
 

@@ -42,10 +42,7 @@ class Config(StrictModel):
     """Bounds of the ratio, and how hard the side of the median decides between them."""
 
     clip_low: float = Field(
-        default=0.2,
-        ge=0,
-        lt=1,
-        description="The least target is 1 - clip_low (0.2, 0.3).",
+        default=0.2, ge=0, lt=1, description="The least target is 1 - clip_low (0.2, 0.3)."
     )
     clip_high: float = Field(
         default=0.2, ge=0, description="The greatest is 1 + clip_high (the same)."

@@ -7,7 +7,8 @@
 GRPO-Guard (Wang et al. 2025, arXiv:2510.22319; the form of its released code).  The log-ratio of a
 Gaussian step has mean -b and a spread that grows with 1/S, so a clip range acts on one side, and
 on some steps only.  With x' = mu_old + S z the log r above is mean(z (mu - mu_old)): mean zero, no
-trace of S.  Dividing by -dt evens out the gradients of the steps.
+trace of S.  Dividing by -dt evens out the gradients of the steps.  Clip ranges of released recipes,
+2e-6 for SD3.5 and 4e-6 for FLUX.1, hold for the log-ratio times S.
 
 ``logp`` must be the Gaussian log-density of the step, with means over latent dimensions throughout.
 That of the ``cps`` kernel leaves out 1 / (2 S^2), so b does not centre it: use ``flow_sde`` or
@@ -20,10 +21,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.divergences import active_spread, clamp_log_ratio, gaussian_kl, raw_log_ratio
+from mmrl.objectives._moments import by_sigma, moments
 from mmrl.objectives._ratio import approx_kl, clipped_surrogate, ratio_metrics
 from mmrl.reduction import tallies, where_active
 from mmrl.schema import StrictModel
-from mmrl.types import LossTerms, Metric, PolicyTerms, UpdateBatch
+from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Wang et al. 2025, arXiv:2510.22319"
 EVIDENCE = "code"
@@ -33,10 +35,7 @@ class Config(StrictModel):
     """Clip range, and a switch for each of the three corrections; without them it is ``grpo``."""
 
     clip_low: float = Field(
-        default=2e-6,
-        ge=0,
-        description="The ratio is clipped below at 1 - clip_low. Released recipes: 2e-6 for "
-        "SD3.5, 4e-6 for FLUX.1; they hold for the log-ratio times S.",
+        default=2e-6, ge=0, description="The ratio is clipped below at 1 - clip_low."
     )
     clip_high: float = Field(
         default=2e-6, ge=0, description="The ratio is clipped above at 1 + clip_high."
@@ -54,17 +53,14 @@ class Config(StrictModel):
 
 
 def needs(config: Config) -> frozenset[str]:
-    """Terms the backend must compute: those of the corrections that are switched on."""
-    terms = {"logp"}
-    if config.drift_correction:
-        terms |= {"mean_gap_old", "step_std"}
-    if config.std_normalisation:
-        terms |= {"step_std"}
-    if config.reweight:
-        terms |= {"step_size"}
-    if config.log_by_sigma:
-        terms |= {"sigma"}
-    return frozenset(terms)
+    """Terms the backend must compute: those of what is switched on."""
+    terms = {
+        "mean_gap_old": config.drift_correction,
+        "step_std": config.drift_correction or config.std_normalisation,
+        "step_size": config.reweight,
+        "sigma": config.log_by_sigma,
+    }
+    return frozenset({"logp", *(name for name, on in terms.items() if on)})
 
 
 def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
@@ -85,10 +81,10 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
         surrogate = surrogate / _active(terms, batch, "step_size")
     metrics = ratio_metrics(ratio, advantages, config.clip_low, config.clip_high)
     metrics["approx_kl"] = approx_kl(terms, batch)
-    moments = _moments(raw.detach(), corrected.detach())
-    pairs = tallies(metrics | moments, batch.mask, batch.weights)
+    both = moments(raw, corrected)
+    pairs = tallies(metrics | both, batch.mask, batch.weights)
     if config.log_by_sigma:
-        pairs |= _pairs_by_sigma(moments, terms.need("sigma"), batch)
+        pairs |= by_sigma(both, terms.need("sigma"), batch)
     return LossTerms(loss=surrogate, metrics=pairs)
 
 
@@ -108,24 +104,3 @@ def log_ratios(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> tuple[
 
 def _active(terms: PolicyTerms, batch: UpdateBatch, name: str) -> Tensor:
     return active_spread(terms.need(name), batch.mask, f"objective grpo_guard: {name}")
-
-
-def _moments(raw: Tensor, corrected: Tensor) -> dict[str, Tensor]:
-    return {
-        "log_ratio/mean_raw": raw,
-        "log_ratio/sq_raw": raw.double().square(),
-        "log_ratio/mean": corrected,
-        "log_ratio/sq": corrected.double().square(),
-    }
-
-
-def _pairs_by_sigma(
-    values: dict[str, Tensor], sigma: Tensor, batch: UpdateBatch
-) -> dict[str, Metric]:
-    # A step is known by its sigma: a batch may hold any of them, in any columns.
-    level = sigma.double().round(decimals=3)
-    pairs: dict[str, Metric] = {}
-    for value in sorted({float(each) for each in level[batch.mask].cpu()}):
-        named = {f"{name}/{value:.3f}": each for name, each in values.items()}
-        pairs |= tallies(named, batch.mask & (level == value), batch.weights)
-    return pairs

@@ -28,9 +28,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.divergences import clamp_log_ratio, raw_log_ratio
-from mmrl.objectives._groups import group_losses, pair_excess
+from mmrl.objectives._groups import coupled_by_group, pair_excess
 from mmrl.objectives._ratio import approx_kl, clipped_surrogate
-from mmrl.reduction import linearised, masked_mean, tallies
+from mmrl.reduction import coupled_loss, masked_mean, tallies
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, UpdateBatch
 
@@ -83,8 +83,7 @@ def couple(survey: Survey, config: Config) -> Mapping[str, Tensor]:
         count = max(len(log_ratio) * (len(log_ratio) - 1), 1)
         return 0.5 * clipped_surrogate(ratio, gap, config.clip, config.clip).sum() / count
 
-    value, slope = group_losses(survey, survey.log_ratio["old"] / scale, pairs)
-    return {"value": value, "slope": slope * (length / scale)}
+    return coupled_by_group(survey, scale, pairs)
 
 
 def needs(config: Config) -> frozenset[str]:
@@ -100,14 +99,13 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     new) in nats per decision.
     """
     gaps, metrics = raw_log_ratio(terms, batch), {"approx_kl": approx_kl(terms, batch)}
-    names = ("value", "slope") if config.form == "joint" else ("gain", "loss")
-    first, second = (batch.signal(name).to(gaps.dtype) for name in names)
     if config.form == "joint":
-        found = linearised(first, second, gaps)
+        found = coupled_loss(batch, gaps)
     else:
+        gain, cost = (batch.signal(name).to(gaps.dtype) for name in ("gain", "loss"))
         product = config.ratio == "product"
         total = gaps.sum(dim=1, keepdim=True) if product else masked_mean(gaps, batch.mask)
         metrics["ratio/mean"] = ratio = clamp_log_ratio(total).exp()
         low, high = ratio.clamp(min=1.0 - config.clip), ratio.clamp(max=1.0 + config.clip)
-        found = second * low - first * high
+        found = cost * low - gain * high
     return LossTerms(loss=found, metrics=tallies(metrics, batch.mask, batch.weights))

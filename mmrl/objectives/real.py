@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from mmrl.divergences import raw_log_ratio
-from mmrl.objectives._groups import group_losses
+from mmrl.objectives._groups import coupled_by_group
 from mmrl.objectives._ratio import approx_kl
-from mmrl.reduction import linearised, masked_mean, tallies
+from mmrl.reduction import coupled_loss, masked_mean, tallies
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, UpdateBatch
 
@@ -85,8 +85,7 @@ def couple(survey: Survey, config: Config) -> Mapping[str, Tensor]:
             return softplus(torch.cat([right, wrong])).sum() / len(logit)
         return pad(right, (1, 0)).logsumexp(0) + pad(wrong, (1, 0)).logsumexp(0)
 
-    value, slope = group_losses(survey, survey.log_ratio["old"] / survey.length, classes)
-    return {"value": value, "slope": slope}
+    return coupled_by_group(survey, survey.length, classes)
 
 
 def needs(config: Config) -> frozenset[str]:
@@ -104,8 +103,8 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     """
     del config
     gaps = raw_log_ratio(terms, batch)
-    label, value, slope = (batch.signal(x).to(gaps.dtype) for x in ("label", "value", "slope"))
+    label, slope = (batch.signal(name).to(gaps.dtype) for name in ("label", "slope"))
     metrics = {"real/right": label > 0, "real/logit": label * masked_mean(gaps, batch.mask)}
     metrics |= {"real/weight": slope.abs(), "approx_kl": approx_kl(terms, batch)}
-    found = linearised(value, slope, gaps)
-    return LossTerms(loss=found, metrics=tallies(metrics, batch.mask, batch.weights))
+    pairs = tallies(metrics, batch.mask, batch.weights)
+    return LossTerms(loss=coupled_loss(batch, gaps), metrics=pairs)

@@ -12,6 +12,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Williams 1992, doi:10.1007/BF00992696"
+EVIDENCE = "paper"
 
 
 class Config(StrictModel):

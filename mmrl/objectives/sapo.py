@@ -19,6 +19,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Gao et al. 2025, arXiv:2511.20347"
+EVIDENCE = "code"
 TAKES_STALE = True
 
 

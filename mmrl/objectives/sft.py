@@ -14,6 +14,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Dong et al. 2023, arXiv:2304.06767"
+EVIDENCE = "paper"
 IGNORES_SIGN = True
 
 

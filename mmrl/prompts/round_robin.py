@@ -18,6 +18,7 @@ from mmrl.schema import StrictModel, nearest
 from mmrl.types import Prompt
 
 PAPER = "Li et al. 2026, arXiv:2605.15055"
+EVIDENCE = "paper"
 
 
 class Config(StrictModel):

@@ -22,6 +22,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Mnih et al. 2016, arXiv:1602.01783"
+EVIDENCE = "paper"
 TAKES_STALE = True
 
 

@@ -19,6 +19,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Hu et al. 2026, arXiv:2604.08539"
+EVIDENCE = "code"
 
 
 class Bounds(StrictModel):

@@ -16,6 +16,7 @@ from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Xue et al. 2025, arXiv:2509.25050"
+EVIDENCE = "code"
 TAKES_STALE = True
 GAP = "velocity_gap_ema"
 

@@ -16,6 +16,7 @@ from mmrl.reduction import tallies, where_active
 from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 
 PAPER = "Liu et al. 2025, arXiv:2505.05470"
+EVIDENCE = "code"
 TAKES_STALE = True
 GAP = "mean_gap_reference"
 

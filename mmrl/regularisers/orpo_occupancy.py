@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.divergences import LOG_RATIO_LIMIT, active_spread
-from mmrl.reduction import differentiated, linearised, tallies, where_active
+from mmrl.reduction import coupled_loss, differentiated, tallies, where_active
 from mmrl.schema import StrictModel
 from mmrl.types import LossTerms, PolicyTerms, Survey, UpdateBatch
 
@@ -98,9 +98,7 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
         gap = where_active(terms.need(GAP), batch.mask)
         penalty = torch.expm1((gap / spread.square()).clamp(max=LOG_RATIO_LIMIT))
     else:
-        gaps = where_active(terms.logp, batch.mask)
-        value, slope = (batch.signal(name).to(gaps.dtype) for name in ("value", "slope"))
-        penalty = linearised(value, slope, gaps)
+        penalty = coupled_loss(batch, where_active(terms.logp, batch.mask))
     metrics = tallies({"orpo_occupancy": penalty}, batch.mask, batch.weights)
     return LossTerms(loss=penalty, metrics=metrics)
 

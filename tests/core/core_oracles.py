@@ -330,6 +330,25 @@ def check_guard_levels(module: ModuleType, config, terms: PolicyTerms, batch: Up
         close(metrics[f"log_ratio/sq/{level:.3f}"], (sum(v * v for v in values), len(at)))
 
 
+def check_moments(module: ModuleType) -> None:
+    raw, corrected = float64([[1.0, 2.0, 4.0]]).requires_grad_(), float64([[3.0, 5.0, 9.0]])
+    found = module.moments(raw, corrected)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "log_ratio/mean_raw": [[1.0, 2.0, 4.0]],
+        "log_ratio/sq_raw": [[1.0, 4.0, 16.0]],
+        "log_ratio/mean": [[3.0, 5.0, 9.0]],
+        "log_ratio/sq": [[9.0, 25.0, 81.0]],
+    }
+    assert not any(value.requires_grad for value in found.values())
+    # The last step does not exist; the two others are one, but for rounding.
+    batch = batch_of(torch.tensor([[True, True, False]]), float64([0.0]))
+    levels = float64([[0.5, 0.5001, 0.25]])
+    pairs = module.by_sigma({"x": corrected}, levels, batch)
+    assert pairs == {"x/0.500": (8.0, 2.0)}
+    apart = module.by_sigma({"x": corrected}, float64([[0.5, 0.25, 0.25]]), batch)
+    assert apart == {"x/0.500": (3.0, 1.0), "x/0.250": (5.0, 1.0)}
+
+
 def check_nft(module: ModuleType) -> None:
     terms, batch = random_case()
     optimality = (0.0, 0.2, 0.5, 0.9, 1.0, 7.0)  # the last sample is padding
@@ -771,6 +790,14 @@ def check_coupling(module: ModuleType) -> None:
     gradients = torch.autograd.grad(found.sum(), [variable, *given], allow_unused=True)
     close(gradients[0], [[-4.0, -4.0]])
     assert gradients[1:] == (None, None), "both are constants"
+    signals = {"value": float64([5.0]), "slope": float64([-4.0])}
+    batch = batch_of(torch.ones(1, 2).bool(), float64([0.0]))
+    narrow = variable.detach().float().requires_grad_()
+    found = module.coupled_loss(replace(batch, signals=signals), narrow)
+    assert found.tolist() == [[5.0, 5.0]]
+    (gradient,) = torch.autograd.grad(found.sum(), narrow)
+    assert gradient.tolist() == [[-4.0, -4.0]]
+    assert found.dtype == torch.float32
 
 
 def check_reduction(module: ModuleType) -> None:

@@ -297,6 +297,15 @@ def check_group_helpers(module: ModuleType) -> None:
     constant = module.group_losses(survey, values, lambda x, _: torch.tensor(3.0).double())
     close(constant[0], [3.0] * 9)
     assert not constant[1].any()
+    length, scale = torch.arange(1.0, 10.0).double(), torch.arange(9.0, 0.0, -1.0).double()
+    survey = Survey(group=GROUP, length=length, log_ratio={"old": values})
+    found = module.coupled_by_group(survey, scale, lambda x, _: x.square().sum())
+    for rows in members.values():
+        for i in rows:
+            close(found["value"][i], sum((REWARDS[j] / (9 - j)) ** 2 for j in rows))
+            # Of the mean over the sample's i + 1 decisions, where x is their sum over scale.
+            slope = 2 * REWARDS[i] / (9 - i) * (i + 1) / (9 - i)
+            close(found["slope"][i], len(rows) * slope)
 
 
 def pair_losses(config, terms: PolicyTerms, batch: UpdateBatch) -> dict[int, Tensor]:

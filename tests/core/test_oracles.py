@@ -21,6 +21,7 @@ CHECKS = {
     "mmrl.objectives._ratio": oracle.check_ratio,
     "mmrl.objectives.reinforce": oracle.check_reinforce,
     "mmrl.objectives.grpo_guard": oracle.check_grpo_guard,
+    "mmrl.objectives._moments": oracle.check_moments,
     "mmrl.objectives.nft": oracle.check_nft,
     "mmrl.objectives.opd": oracle.check_opd,
     "mmrl.objectives.cispo": text_oracles.check_cispo,

@@ -30,6 +30,7 @@ FUNCTIONS = {
 }
 KEEPS_UNSCORED = {"none"}
 """Estimators that train on samples without a reward, because they read none."""
+EVIDENCE = ("code", "paper", "reconstructed")
 PARTS = [(kind, name) for kind in FUNCTIONS for name in names(kind)]
 
 
@@ -61,6 +62,13 @@ def test_documentation(kind, name):
     assert not module.PAPER or any(mark in module.PAPER for mark in ("arXiv:", "doi:"))
     for function in FUNCTIONS[kind]:
         assert inspect.getdoc(getattr(module, function))
+
+
+@parts(*FUNCTIONS)
+def test_what_has_a_paper_says_how_its_formula_is_known(kind, name):
+    entry = next(entry for entry in entries(kind) if entry.name == name)
+    assert entry.evidence in (EVIDENCE if entry.paper else ("",))
+    assert entry.evidence == getattr(resolve(kind, name), "EVIDENCE", "")
 
 
 @parts(*FUNCTIONS)

@@ -378,8 +378,3 @@ def test_neutral_values_give_the_base_method_to_the_bit(module, config, base, ot
 def test_configurations_outside_their_range_are_refused(module, wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         module.Config(**wrong)
-
-
-@pytest.mark.parametrize("module", [mhpo, gbpo, etr, r2vpo, mdpo_mirror, p3o_pairwise, real])
-def test_evidence_is_named(module):
-    assert module.EVIDENCE in ("code", "paper", "reconstructed")

@@ -165,11 +165,6 @@ def test_a_step_without_a_usable_reward(name):
     assert state == {}
 
 
-@by_estimator
-def test_how_the_formula_is_known_is_said(name):
-    assert ESTIMATORS[name][0].EVIDENCE in ("code", "paper", "reconstructed")
-
-
 @pytest.mark.parametrize("name", ZERO_SUM)
 def test_groups_sum_to_zero(name):
     given = given_to(name)

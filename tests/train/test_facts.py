@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from PIL import Image
 from test_distributed import assert_same_trajectory, launch, torchrun
-from test_resume import assert_same_run, made
+from test_resume import made
 from toy.run import metrics_of, toy_config
 
 from mmrl import facts
-from mmrl.checkpoint import found as checkpoints
 from mmrl.config import apply_overrides, parse
 from mmrl.errors import UserError
 from mmrl.preflight import refuse_unless_consistent
@@ -28,7 +25,6 @@ READS_FEATURES = (
     "rewards.0.name=toy.rewards.likeness",
 )
 KEEPS_STATE = ("advantage={name: riskpo, bundle_size: 2}",)
-FITS = ("advantage={name: gp_loo, fit: true}",)
 
 
 def group(outputs, mask, everything=None, truncated=None) -> RolloutGroup:
@@ -208,16 +204,3 @@ def test_facts_reach_the_estimator(toy):
     # All samples have the same length, so no right answer is longer than a wrong one: a prompt has
     # the weight 1 only where none is wrong.
     assert all(0.1 - 1e-9 <= weight <= 1 for weight in weights)
-
-
-@pytest.mark.parametrize("options", [KEEPS_STATE, FITS], ids=["riskpo", "gp_loo"])
-def test_what_an_estimator_remembers_survives_a_stop(toy, tmp_path, options):
-    evaluated = ("evaluation.every=2",)
-    whole = toy(*options, *evaluated, folder=made(tmp_path / "whole"))
-    part = made(tmp_path / "part")
-    toy("training.num_steps=4", *options, *evaluated, folder=part)
-    resumed = toy(*options, *evaluated, resume=True, folder=part)
-    assert_same_run(whole, resumed)
-    state = (checkpoints(whole)[-1] / "progress.json").read_text()
-    assert "quantiles" in state or "within" in state
-    assert math.isfinite(metrics_of(whole)[-1]["step"])

@@ -1,12 +1,10 @@
-"""Signals, surveys and states of losses in runs: no split, number of processes or resume shows.
+"""Signals, surveys and states of losses in runs: no split and no number of processes shows.
 
 The toy has three decisions a sample and groups of five; runs make four optimizer steps a step, so
 that ratios leave 1.
 """
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from test_resume import assert_same_run
 from toy.gauss.backend import ToyBackend
 from toy.run import column, metrics_of, weights_of
 
-from mmrl.checkpoint import found
 from mmrl.errors import UserError
 from mmrl.loss_parts import sample_sums
 from mmrl.objectives import real
@@ -65,25 +62,11 @@ def test_micro_batch_size_changes_nothing(toy, name):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["r2vpo", "real"])
-def test_two_processes_equal_one(toy, tmp_path, name):
+def test_two_processes_couple_the_same_samples(toy, tmp_path):
+    given = options(OBJECTIVES["real"])
     (tmp_path / "one").mkdir()
-    one = toy(*options(OBJECTIVES[name]), folder=tmp_path / "one")
-    assert_same_trajectory(one, launch(tmp_path / "two", torchrun(2), *options(OBJECTIVES[name])))
-
-
-def test_states_survive_a_resume_to_the_bit(toy, tmp_path):
-    given = (*options(OBJECTIVES["r2vpo"]), "checkpoint.every=1", "evaluation.every=1")
-    for folder in ("whole", "part"):
-        (tmp_path / folder).mkdir()
-    whole = toy(*given, folder=tmp_path / "whole")
-    toy(*given, "training.num_steps=2", folder=tmp_path / "part")
-    part = toy(*given, resume=True, folder=tmp_path / "part")
-    assert_same_run(whole, part)
-    states = json.loads((found(whole)[-1] / "progress.json").read_text())["losses"]
-    assert set(states) == {"objective", "regularisers[1]"}
-    assert states["objective"]["multiplier"] != 1.0
-    assert states["regularisers[1]"]["multiplier"] != 1.0
+    one = toy(*given, folder=tmp_path / "one")
+    assert_same_trajectory(one, launch(tmp_path / "two", torchrun(2), *given))
 
 
 def test_a_state_moves_once_for_each_optimizer_step(toy):

@@ -1,14 +1,12 @@
-"""Groups of unlike sizes in one step: the update, the split, the processes, what is written."""
+"""Groups of unlike sizes in one step: the update, the split, what is written."""
 
 from __future__ import annotations
 
 import math
-import subprocess
 
 import pytest
 from test_bad_input import run_cli
-from test_distributed import assert_same_trajectory, launch, torchrun
-from test_resume import assert_same_run, command, environment
+from test_distributed import assert_same_trajectory
 from toy.gauss.backend import noise
 from toy.run import column, toy_config, weights_of
 
@@ -85,7 +83,7 @@ ESTIMATORS = ["{name: group, deviation: group}", "leave_one_out", "g2rpo", "per_
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
-def test_no_split_and_no_number_of_processes_changes_a_ragged_run(toy, tmp_path, advantage):
+def test_no_split_changes_a_ragged_run(toy, tmp_path, advantage):
     options = (f"advantage={advantage}", "training.num_epochs=2", *KNAPSACK)
     reference = toy(*options, folder=made(tmp_path / "reference"))
     sizes = column(reference, "budget/max_group_size")
@@ -93,19 +91,6 @@ def test_no_split_and_no_number_of_processes_changes_a_ragged_run(toy, tmp_path,
     assert set(column(reference, "num_samples")) == {20.0}
     other = toy(*options, "training.micro_batch_size=1", folder=made(tmp_path / "other"))
     assert_same_trajectory(reference, other)
-    if advantage == ESTIMATORS[0]:
-        assert_same_trajectory(reference, launch(tmp_path / "two", torchrun(2), *options))
-
-
-def test_what_a_budget_knows_survives_a_kill(tmp_path, toy):
-    name = "rewards.0.name=toy.rewards.kills_itself"
-    unbroken = toy(name, *KNAPSACK, folder=made(tmp_path / "unbroken"))
-    extra = environment(TOY_KILL_MARKER=str(tmp_path / "killed"), TOY_KILL_CALL="22")
-    start = command(tmp_path / "broken", name, *KNAPSACK)
-    assert subprocess.run(start, env=extra, capture_output=True, check=False).returncode == -9
-    resumed = subprocess.run([*start, "--resume"], env=extra, capture_output=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(unbroken, tmp_path / "broken" / "toy")
 
 
 def test_check_counts_the_samples_of_a_budget(tmp_path):

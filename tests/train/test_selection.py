@@ -1,4 +1,4 @@
-"""Selections inside a step: the update by a loop, the split, the processes, a resume."""
+"""Selections inside a step: the update by a loop, the split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from test_bad_input import run_cli
-from test_distributed import assert_same_trajectory, launch, torchrun
+from test_distributed import assert_same_trajectory
 from toy.run import column, toy_config
 
 from mmrl.config import apply_overrides, parse
@@ -134,14 +134,12 @@ def test_a_ratio_of_a_sample_is_that_of_all_its_decisions(tmp_path):
 
 
 @pytest.mark.parametrize("options", [D3S, BOTH])
-def test_no_split_and_no_number_of_processes_changes_a_run(toy, tmp_path, options):
+def test_no_split_changes_a_run(toy, tmp_path, options):
     options = (*options, RAGGED, "training.updates_per_epoch=2", "training.num_epochs=2")
     reference = toy(*options, folder=made(tmp_path / "reference"))
     other = toy(*options, "training.micro_batch_size=1", folder=made(tmp_path / "other"))
     assert_same_trajectory(reference, other)
     assert len(set(column(reference, "selection/decisions"))) > 1, "the schedule moves"
-    if options[1] == BOTH[1]:
-        assert_same_trajectory(reference, launch(tmp_path / "two", torchrun(2), *options))
 
 
 def test_a_step_without_a_signal_is_skipped(tmp_path):

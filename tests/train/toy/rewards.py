@@ -79,6 +79,11 @@ def says_red(prompts, outputs, **columns):
     return [sum(w == "red" for w in text.split()) / max(1, len(text.split())) for text in outputs]
 
 
+def early_words(prompts, outputs, **columns):
+    """The share of words that begin with a letter up to m."""
+    return [sum(w < "n" for w in text.split()) / max(1, len(text.split())) for text in outputs]
+
+
 def likeness(prompts, outputs, target, **columns):
     """Between 0 and 1."""
     return near_target(prompts, outputs, target).exp()
