@@ -28,6 +28,7 @@ def result(tmp_path_factory):
     return data, next(folder.glob("*-advantages.md")).read_text()
 
 
+@pytest.mark.slow
 def test_runs_start_alike_and_are_judged_by_task(result):
     data, _ = result
     first = [run["points"][0]["scores"] for run in data["runs"]]
@@ -36,6 +37,7 @@ def test_runs_start_alike_and_are_judged_by_task(result):
     assert set(first[0]) >= set(TASKS)
 
 
+@pytest.mark.slow
 def test_shares_of_the_gradient(result):
     data, _ = result
     for record in data["gradient_shares"]:
@@ -46,6 +48,7 @@ def test_shares_of_the_gradient(result):
     assert grpo != g2rpo
 
 
+@pytest.mark.slow
 def test_tables(result):
     _, text = result
     assert "| before |" in text

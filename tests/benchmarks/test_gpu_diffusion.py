@@ -52,7 +52,7 @@ class Made:
     ("model", "methods", "backend"),
     [
         ("sd35", METHODS, "none"),
-        ("flux", METHODS, "none"),
+        pytest.param("flux", METHODS, "none", marks=pytest.mark.slow),
         pytest.param("sd35", ["awm"], "eager", marks=pytest.mark.slow),
         pytest.param("flux", ["opd"], "eager", marks=pytest.mark.slow),
     ],

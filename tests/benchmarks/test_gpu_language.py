@@ -23,6 +23,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 CASES = list(product(SIZES, TUNING))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", SIZES)
 def test_toy_run_measures_every_variant(model, tmp_path, capsys):
     arguments = ["--models", model, "--tuning", *TUNING, "--out", str(tmp_path)]

@@ -127,6 +127,7 @@ def test_mistakes_are_named(words, message):
         zoo.main(words)
 
 
+@pytest.mark.slow
 def test_from_the_search_to_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "RATES", (1e-4,))
     words = ["--methods", BASE, "dcpo", "--seeds", "0", "--steps", "1", "--every", "1"]

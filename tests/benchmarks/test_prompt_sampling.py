@@ -31,6 +31,7 @@ def test_groups_that_were_dropped_had_no_gradient():
     assert varied(SimpleNamespace(rows=[refilled], job=job)) == pytest.approx(4 / 6)
 
 
+@pytest.mark.slow
 def test_from_the_mix_to_the_tables(tmp_path):
     words = ["--methods", "uniform", "dynamic", "--seeds", "0", "--steps", "1", "--every", "1"]
     words += ["--start-steps", "1", "--size", "20", "--samples", "4"]

@@ -82,6 +82,7 @@ def test_two_processes_by_accelerate_launch_equal_one(tmp_path, toy):
     assert_same_trajectory(one, two)
 
 
+@pytest.mark.slow
 def test_three_processes_on_four_groups_equal_one(tmp_path, toy):
     (tmp_path / "one").mkdir()
     one = toy(*OPTIONS, folder=tmp_path / "one")

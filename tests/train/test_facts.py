@@ -191,7 +191,13 @@ def test_rewards_that_are_no_successes_end_a_run_of_bnpo(toy):
         toy("advantage=bnpo")
 
 
-@pytest.mark.parametrize("options", [READS_FACTS, READS_FEATURES], ids=["facts", "features"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(READS_FACTS, id="facts"),
+        pytest.param(READS_FEATURES, id="features", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_find_the_same_facts(tmp_path, toy, options):
     one = toy(*options, folder=made(tmp_path / "one"))
     assert_same_trajectory(one, launch(tmp_path / "two", torchrun(2), *options))
