@@ -348,33 +348,49 @@ class Trainer:
         known = replay.anchors(plans, rolled.groups[0], advantages.tempering)
         for windows, anchors in zip(plans, known, strict=True):
             for window in windows:
-                own = self._coupled(window, scores, anchors, signals)
-                self._update_window(window, advantages, anchors, own, means)
+                own, ahead = self._coupled(window, scores, advantages, anchors, signals)
+                self._update_window(window, advantages, anchors, own, ahead, means)
         if self.stale is not None:
             self.stale.add(fresh, self.progress.step, known[0])
 
     def _coupled(
-        self, window: Window, scores: Scores, anchors: Anchors, signals: Signals
-    ) -> Signals:
-        """``signals``, and those that depend on all samples of the optimizer step together."""
+        self,
+        window: Window,
+        scores: Scores,
+        advantages: Advantages,
+        anchors: Anchors,
+        signals: Signals,
+    ) -> tuple[Signals, PolicyTerms | None]:
+        """``signals``, and those that depend on all samples of the optimizer step together.
+
+        Also what the policy says of the only micro-batch of a window, where it was asked.
+        """
         parts = loss_parts(self.config)
         asked = frozenset[str]().union(*map(asks_survey, parts.values()))
         if not asked:
-            return signals
+            return signals, None
         # Strictly on-policy the ratio is 1: nothing has to be evaluated to know that.
         names = sorted(asked if self._replay.off_policy else asked - {"old"})
         needs = frozenset({"logp", "logp_ref"} if "reference" in names else {"logp"})
+        ahead, only = None, len(window.micro_batches) == 1
 
         def evaluate(rows: MicroBatch) -> tuple[PolicyTerms, UpdateBatch]:
-            batch = self._replay.collate(rows, None, anchors)
-            return self.backend.evaluate(batch, needs), batch
+            nonlocal ahead
+            batch = self._collated(rows, advantages, anchors)
+            terms = self.backend.evaluate(batch, self._replay.needs(batch) if only else needs)
+            ahead = terms if only else None
+            return terms, batch
 
-        with torch.no_grad():
+        # A window of one micro-batch needs no second forward: its loss goes on from this one.
+        with torch.set_grad_enabled(only):
             sums = sample_sums(window, names, evaluate, len(scores.combined))
         everywhere = sum_over_processes(self.accelerator, sums.flatten().tolist())
         sums = sums.new_tensor(everywhere).view_as(sums)
         survey, places = survey_of(sums, names, asked, scores.group)
-        return coupled(parts, signals, survey, places, len(scores.combined))
+        return coupled(parts, signals, survey, places, len(scores.combined)), ahead
+
+    def _collated(self, rows: MicroBatch, advantages: Advantages, anchors: Anchors) -> UpdateBatch:
+        return self._replay.collate(rows, advantages, anchors, progress=self._moment.progress)
 
     def _plan(
         self,
@@ -417,15 +433,19 @@ class Trainer:
         advantages: Advantages,
         anchors: Anchors,
         signals: Signals,
+        ahead: PolicyTerms | None,
         means: Means,
     ) -> None:
         denominator = self._denominator(window)
         last = len(window.micro_batches) - 1
         own = {key: Means() for key in self._states}
         for i, rows in enumerate(window.micro_batches):
-            batch = self._replay.collate(rows, advantages, anchors, progress=self._moment.progress)
+            batch = self._collated(rows, advantages, anchors)
             with self._synchronising(i == last):
-                loss = self._loss(batch, rows, denominator, signals, own, means)
+                terms = ahead
+                if terms is None:
+                    terms = self.backend.evaluate(batch, self._replay.needs(batch))
+                loss = self._loss(terms, batch, rows, denominator, signals, own, means)
                 # DDP averages over processes; the denominator already counts them all.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         if self._optimizer_step(means) and own:
@@ -456,6 +476,7 @@ class Trainer:
 
     def _loss(
         self,
+        terms: PolicyTerms,
         batch: UpdateBatch,
         rows: MicroBatch,
         denominator: float,
@@ -464,7 +485,6 @@ class Trainer:
         means: Means,
     ) -> torch.Tensor:
         training = self.config.training
-        terms = self.backend.evaluate(batch, self._replay.needs(batch))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
         )

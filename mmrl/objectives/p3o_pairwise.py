@@ -7,9 +7,10 @@
 
 P3O (pairwise; arXiv:2310.00212).  A constant added to the rewards of a prompt changes nothing.  For
 groups, ours: the mean over all pairs, in both orders for ``joint``, which is not symmetric in them
-away from ratio 1, and takes one more forward there.  In ``separate`` that needs no table of pairs:
-sample i has -(P r - M r') / (n - 1), with P and M the sums of positive and negative parts of A_i -
-A_j, r clipped above and r' below.  At ratio 1 the gradient is that of leave-one-out REINFORCE.
+away from ratio 1; there a step of several micro-batches takes one more forward.  In ``separate``
+that needs no table of pairs: sample i has -(P r - M r') / (n - 1), with P and M the sums of positive
+and negative parts of A_i - A_j, r clipped above and r' below.  At ratio 1 the gradient is that of
+leave-one-out REINFORCE.
 
 A are the run's advantages; ``group`` with ``deviation: none`` keeps differences of rewards as they
 are, which dividing by a deviation does not.  The divergence that the paper takes off the reward is

@@ -13,9 +13,10 @@ There is neither clip nor advantage.  At s = 0 the gradient is that of -w logp w
 The port takes for right what is above the mean of its group, and the rest for wrong; here a sample
 just at the mean is neither.  Groups of one class add nothing but count in the denominator (the
 port); ``keep`` trains on them, which takes a ``threshold``: equal rewards all have advantage 0.
-The loss couples the samples of a group, which share an optimizer step: where the ratio is not 1, it
-takes one more forward, and no micro-batch has to hold a group.  Use an aggregation that is a mean
-over samples; published: one update for each rollout, 8 samples, kl_reference 1e-3.
+The loss couples the samples of a group, which share an optimizer step: where the ratio is not 1 and
+the step has several micro-batches, it takes one more forward, and none has to hold a group.  Use an
+aggregation that is a mean over samples; published: one update for each rollout, 8 samples,
+kl_reference 1e-3.
 """
 
 from __future__ import annotations

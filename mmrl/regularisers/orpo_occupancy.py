@@ -14,8 +14,9 @@ the policy.  Beyond |l| = 10 exp goes on as a straight line.  The gradient is th
 alone, which is that of the divergence to first order.
 
 c depends on the length of samples, as l is a sum; released: 8e-4 for a language model, times the
-deviation of the proxy.  The first three forms take one more forward for each optimizer step.
-``step_chi2`` is ours; there ``gap`` is a mean over latent dimensions, not their sum.
+deviation of the proxy.  The first three forms take one more forward for each optimizer step of
+several micro-batches.  ``step_chi2`` is ours; there ``gap`` is a mean over latent dimensions, not
+their sum.
 """
 
 from __future__ import annotations

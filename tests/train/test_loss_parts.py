@@ -78,7 +78,9 @@ def test_a_state_moves_once_for_each_optimizer_step(toy):
     assert column(poisoned, "r2vpo/multiplier") == pytest.approx([1.0, 0.98, 0.98])
 
 
-def test_only_a_ratio_other_than_one_costs_another_forward(toy, monkeypatch):
+@pytest.mark.parametrize(("size", "extra"), [(1000, 0), (30, 2)], ids=["whole", "halves"])
+def test_only_a_ratio_other_than_one_costs_another_forward(toy, monkeypatch, size, extra):
+    """And none where a micro-batch holds all samples of the optimizer step."""
     calls, own = [], ToyBackend.evaluate
 
     def counted(self, batch, needs):
@@ -86,7 +88,7 @@ def test_only_a_ratio_other_than_one_costs_another_forward(toy, monkeypatch):
         return own(self, batch, needs)
 
     monkeypatch.setattr(ToyBackend, "evaluate", counted)
-    one = ("training.num_steps=1", "training.micro_batch_size=1000", SAMPLES, CENTRED)
+    one = ("training.num_steps=1", f"training.micro_batch_size={size}", SAMPLES, CENTRED)
     counts = []
     for objective, *more in (
         ("grpo",),
@@ -100,8 +102,8 @@ def test_only_a_ratio_other_than_one_costs_another_forward(toy, monkeypatch):
         counts.append(len(calls))
     plain, on_policy, occupancy, twice, real_twice = counts
     assert on_policy == plain
-    assert occupancy == plain + 1
-    assert real_twice == twice + 2
+    assert occupancy == plain + extra
+    assert real_twice == twice + 2 * extra
 
 
 def test_progress_lowers_the_step_size(toy, monkeypatch):
