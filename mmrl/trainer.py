@@ -81,6 +81,19 @@ REFRESH_STREAM = -2
 evaluation has -1."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the loss of a window has beside its rows.
+
+    ``ahead``: what the policy says of the only micro-batch of the window, where that is known.
+    """
+
+    advantages: Advantages
+    anchors: Anchors
+    signals: Signals
+    ahead: PolicyTerms | None = None
+
+
 NUM_TOKENS = "num_tokens"
 """Prompt and completion tokens of all samples, where samples have tokens."""
 
@@ -347,28 +360,18 @@ class Trainer:
             self.replay_gap = replay.gaps(plans[0])
         known = replay.anchors(plans, rolled.groups[0], advantages.tempering)
         for windows, anchors in zip(plans, known, strict=True):
+            given = Given(advantages, anchors, signals)
             for window in windows:
-                own, ahead = self._coupled(window, scores, advantages, anchors, signals)
-                self._update_window(window, advantages, anchors, own, ahead, means)
+                self._update_window(window, self._coupled(window, scores, given), means)
         if self.stale is not None:
             self.stale.add(fresh, self.progress.step, known[0])
 
-    def _coupled(
-        self,
-        window: Window,
-        scores: Scores,
-        advantages: Advantages,
-        anchors: Anchors,
-        signals: Signals,
-    ) -> tuple[Signals, PolicyTerms | None]:
-        """``signals``, and those that depend on all samples of the optimizer step together.
-
-        Also what the policy says of the only micro-batch of a window, where it was asked.
-        """
+    def _coupled(self, window: Window, scores: Scores, given: Given) -> Given:
+        """``given``, with signals that depend on all samples of the optimizer step together."""
         parts = loss_parts(self.config)
         asked = frozenset[str]().union(*map(asks_survey, parts.values()))
         if not asked:
-            return signals, None
+            return given
         # Strictly on-policy the ratio is 1: nothing has to be evaluated to know that.
         names = sorted(asked if self._replay.off_policy else asked - {"old"})
         needs = frozenset({"logp", "logp_ref"} if "reference" in names else {"logp"})
@@ -376,7 +379,7 @@ class Trainer:
 
         def evaluate(rows: MicroBatch) -> tuple[PolicyTerms, UpdateBatch]:
             nonlocal ahead
-            batch = self._collated(rows, advantages, anchors)
+            batch = self._collated(rows, given)
             terms = self.backend.evaluate(batch, self._replay.needs(batch) if only else needs)
             ahead = terms if only else None
             return terms, batch
@@ -387,10 +390,12 @@ class Trainer:
         everywhere = sum_over_processes(self.accelerator, sums.flatten().tolist())
         sums = sums.new_tensor(everywhere).view_as(sums)
         survey, places = survey_of(sums, names, asked, scores.group)
-        return coupled(parts, signals, survey, places, len(scores.combined)), ahead
+        signals = coupled(parts, given.signals, survey, places, len(scores.combined))
+        return replace(given, signals=signals, ahead=ahead)
 
-    def _collated(self, rows: MicroBatch, advantages: Advantages, anchors: Anchors) -> UpdateBatch:
-        return self._replay.collate(rows, advantages, anchors, progress=self._moment.progress)
+    def _collated(self, rows: MicroBatch, given: Given) -> UpdateBatch:
+        progress = self._moment.progress
+        return self._replay.collate(rows, given.advantages, given.anchors, progress=progress)
 
     def _plan(
         self,
@@ -427,25 +432,13 @@ class Trainer:
             **parts,
         )
 
-    def _update_window(
-        self,
-        window: Window,
-        advantages: Advantages,
-        anchors: Anchors,
-        signals: Signals,
-        ahead: PolicyTerms | None,
-        means: Means,
-    ) -> None:
+    def _update_window(self, window: Window, given: Given, means: Means) -> None:
         denominator = self._denominator(window)
         last = len(window.micro_batches) - 1
         own = {key: Means() for key in self._states}
         for i, rows in enumerate(window.micro_batches):
-            batch = self._collated(rows, advantages, anchors)
             with self._synchronising(i == last):
-                terms = ahead
-                if terms is None:
-                    terms = self.backend.evaluate(batch, self._replay.needs(batch))
-                loss = self._loss(terms, batch, rows, denominator, signals, own, means)
+                loss = self._loss(rows, denominator, given, own, means)
                 # DDP averages over processes; the denominator already counts them all.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         if self._optimizer_step(means) and own:
@@ -476,15 +469,15 @@ class Trainer:
 
     def _loss(
         self,
-        terms: PolicyTerms,
-        batch: UpdateBatch,
         rows: MicroBatch,
         denominator: float,
-        signals: Signals,
+        given: Given,
         own: Mapping[str, Means],
         means: Means,
     ) -> torch.Tensor:
-        training = self.config.training
+        training, batch, terms = self.config.training, self._collated(rows, given), given.ahead
+        if terms is None:
+            terms = self.backend.evaluate(batch, self._replay.needs(batch))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
         )
@@ -497,8 +490,8 @@ class Trainer:
             means.add(reduction.tallies({"surprise": -terms.logp}, batch.mask, batch.weights))
         total = batch.weights.new_zeros(())
         for key, part in loss_parts(self.config).items():
-            given = view(batch, key, places, signals, states)
-            found = self._part_loss(key, part, terms, given)
+            own_batch = view(batch, key, places, given.signals, states)
+            found = self._part_loss(key, part, terms, own_batch)
             means.add(found.metrics)
             if key in own:
                 own[key].add(found.metrics)

@@ -8,7 +8,7 @@
 P3O (pairwise; arXiv:2310.00212).  A constant added to the rewards of a prompt changes nothing.  For
 groups, ours: the mean over all pairs, in both orders for ``joint``, which is not symmetric in them
 away from ratio 1; there a step of several micro-batches takes one more forward.  In ``separate``
-that needs no table of pairs: sample i has -(P r - M r') / (n - 1), with P and M the sums of positive
+that needs no table of pairs: sample i has -(P r - M r') / (n - 1), P and M the sums of positive
 and negative parts of A_i - A_j, r clipped above and r' below.  At ratio 1 the gradient is that of
 leave-one-out REINFORCE.
 
