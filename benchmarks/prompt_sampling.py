@@ -46,6 +46,9 @@ METRIC = "accuracy"
 METHODS: dict[str, tuple[str, ...]] = {
     "uniform": (),
     "vas": (override("prompts.sampler", {"name": "vas", "momentum": 0.5}),),
+    "vas, variance only": (
+        override("prompts.sampler", {"name": "vas", "alpha": 1.0, "beta": 0.0, "momentum": 0.5}),
+    ),
     "vas, refreshed": (
         override("prompts.sampler", {"name": "vas", "refresh_every": 20, "refresh_samples": 8}),
     ),
