@@ -46,7 +46,7 @@ METRIC = "accuracy"
 METHODS: dict[str, tuple[str, ...]] = {
     "uniform": (),
     "vas": (override("prompts.sampler", {"name": "vas", "momentum": 0.5}),),
-    "vas, variance only": (
+    "vas, variance": (
         override("prompts.sampler", {"name": "vas", "alpha": 1.0, "beta": 0.0, "momentum": 0.5}),
     ),
     "vas, refreshed": (
