@@ -7,8 +7,8 @@ Every method is the recipe of the task with the parts that the method names, so 
 seeds and number of steps are the same, and with them the samples that are generated (but for
 methods that change just that); what a step costs is measured.  ``--search`` tries the same learning
 rates for each, on one seed that the table does not use and on prompts that it does not use; the
-table takes the winners.  What is finished is kept and what was interrupted is continued;
-``--fresh`` begins anew.
+table takes the winners; a search of some ``--methods`` keeps what is known of others.  What is
+finished is kept and what was interrupted is continued; ``--fresh`` begins anew.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def trials(name: str) -> list[search.Trial]:
 
 def _search(options: argparse.Namespace) -> tuple[str, Path]:
     judged = _for_task({"label": ACCURACY, "name": "exact_match", "where": "tag"}, options.task)
-    results = []
+    known = _search_record(options) or {"trials": []}
+    results = [each for each in known["trials"] if each["method"] not in options.methods]
     for trial in (trial for name in options.methods for trial in trials(name)):
         job = Job(
             config=RECIPES[options.task],

@@ -134,7 +134,8 @@ def test_from_the_search_to_the_table(tmp_path, monkeypatch):
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
     words += ["training.prompts_per_step=4", "training.group_size=4", "evaluation.max_prompts=8",
               "training.micro_batch_size=8", "optimizer.warmup_updates=0"]  # fmt: skip
-    assert zoo.main([*words, "--search"]) == 0
+    for method in (BASE, "dcpo"):  # the second search keeps what the first one found
+        assert zoo.main([*words, "--search", "--methods", method]) == 0
     assert zoo.main(words) == 0
     (path,) = tmp_path.glob("*-objective-zoo-text.json")
     data = json.loads(path.read_text())
