@@ -39,18 +39,20 @@ from mmrl.runner import Session, make_trainer, open_session
 from mmrl.types import Advantages, RolloutGroup, Scores, UpdateBatch
 
 RECIPE = Path("configs/vlm/tiny-qwen-vl/g2rpo-vas.yaml")
+WEIGHTS = {"exact_match": 1.0, "box_iou": 1.0, "edit_distance": 1.0, "format_tags": 0.1}
+"""Of the rewards, also where each is normalised by itself."""
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "group", "deviation": "group"},
-    "gdpo": {"name": "per_reward", "deviation": "group"},
+    "gdpo": {"name": "per_reward", "deviation": "group", "weights": WEIGHTS},
     "g2rpo": {"name": "g2rpo"},
-    "g2rpo, each reward": {"name": "g2rpo", "per_reward": True},
+    "g2rpo, each reward": {"name": "g2rpo", "per_reward": True, "weights": WEIGHTS},
 }
 EXACT = ("count", "colour", "compare", "position")
 REWARDS = (
     {"name": "exact_match", "where": "tag", "tasks": list(EXACT)},
     {"name": "box_iou", "where": "tag", "tasks": ["box"]},
     {"name": "edit_distance", "where": "tag", "tasks": ["read"]},
-    {"name": "format_tags", "weight": 0.1},
+    {"name": "format_tags", "weight": WEIGHTS["format_tags"]},
 )
 TASKS: dict[str, dict[str, Any]] = {
     **{task: {"name": "exact_match", "where": "tag"} for task in EXACT},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 
 from benchmarks import advantages
-from benchmarks.advantages import TASKS
+from benchmarks.advantages import ESTIMATORS, TASKS
+from mmrl import preflight
 from mmrl.errors import UserError
 
 SMALL = (
@@ -16,6 +18,12 @@ SMALL = (
     "training.micro_batch_size=12",
     "evaluation.samples_per_prompt=1",
 )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_can_train_the_mix(name, tmp_path):
+    options = argparse.Namespace(runs=tmp_path, every=1, steps=1, overrides=[])
+    preflight.refuse_unless_consistent(advantages.run_job(name, 0, options).settings)
 
 
 @pytest.fixture(scope="module")
