@@ -112,6 +112,7 @@ def _search(options: argparse.Namespace) -> tuple[str, Path]:
         "metric": SCORES[0],
         "seed": options.search_seed,
         "budget": budget,
+        "overrides": options.overrides,
         "effort": f"Each method: learning rates {', '.join(map(str, search.RATES))} times two "
         f"values of one knob of its own, {budget:g} CPU-seconds of training for each setting, "
         "scored on a straight line between the evaluations around that time",

@@ -246,6 +246,7 @@ def _search(options: argparse.Namespace) -> tuple[str, Path]:
         "machine": tables.machine(),
         "metric": ACCURACY,
         "seed": options.search_seed,
+        "overrides": options.overrides,
         "effort": f"Each method: learning rates {', '.join(f'{rate:g}' for rate in RATES)}, "
         f"{options.steps} steps each",
         "winners": search.winners(results),

@@ -95,6 +95,7 @@ def winners(results: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 def report(record: Mapping[str, Any]) -> str:
     """The search in markdown: what was tried, at what cost, and what won."""
     won = record["winners"]
+    changes = f" All with {' '.join(record['overrides'])}." if record.get("overrides") else ""
     rows = [
         [
             each["method"],
@@ -108,8 +109,8 @@ def report(record: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Search",
-            f"{record['effort']}, seed {record['seed']}, which no other table uses. Score: "
-            f"{record['metric']} on the training prompts.",
+            f"{record['effort']}, seed {record['seed']}, which no other table uses.{changes} "
+            f"Score: {record['metric']} on the training prompts.",
             tables.markdown_table(["method", "setting", "steps", "score", ""], rows),
         ]
     )
