@@ -1,6 +1,6 @@
 """The same update and the same training step by mmrl and by TRL, for language_update.
 
-Both load the same random-weight Qwen3 from a folder and train it in float32 without gradient
+Both load the same random-weight model from a folder and train it in float32 without gradient
 checkpointing, with the token mean of GRPO's clipped surrogate on one group.  TRL is its own
 ``GRPOTrainer``: ``compute_loss`` and a backward for an update, ``training_step`` for a whole step.
 """
@@ -8,10 +8,10 @@ checkpointing, with the token mean of GRPO's clipped surrogate on one group.  TR
 from __future__ import annotations
 
 import contextlib
+import csv
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.language_toys import MAX_LENGTH, MODALITIES, Shape, Work
 from mmrl import config as configuration
 from mmrl import reduction, runner
 from mmrl.config import RunConfig
@@ -34,30 +35,6 @@ FORMS = (*OURS, TRL, TRL_COMPACT)
 LORA = {"rank": 16, "alpha": 32}
 LEARNING_RATE = 1e-6
 TRAINED = ("lora", "full")
-PAD, END = 0, 1
-MEAN_LENGTH, MAX_LENGTH = 64, 96
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Tokens of the prompt and of the vocabulary; ``trained``: adapters, or every parameter."""
-
-    prompt: int
-    vocabulary: int
-    trained: str = "lora"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A group: token ids of its completions, and their advantages."""
-
-    completions: Sequence[Sequence[int]]
-    advantages: Sequence[float]
-
-    @property
-    def tokens(self) -> int:
-        """Of all completions."""
-        return sum(len(ids) for ids in self.completions)
 
 
 class Peer(Protocol):
@@ -80,72 +57,12 @@ class Peer(Protocol):
         ...
 
 
-def make_model(folder: Path, shape: Shape, **changes: Any) -> None:
-    """Write a random-weight Qwen3 and its tokenizer, whose tokens are words; ``changes``: of sizes.
-
-    Enough tokens end a completion for samples of the model to have ``MEAN_LENGTH`` tokens, were
-    they not cut at ``MAX_LENGTH``.
+def varied(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """A reward that costs nothing and differs between completions, as TRL calls it: with texts, or
+    with messages where prompts have pictures.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    words = {word(i): i for i in range(shape.vocabulary)}
-    inner = Tokenizer(models.WordLevel(words, unk_token=word(PAD)))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=word(PAD), unk_token=word(PAD), eos_token=word(END)
-    )
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3,
-             "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}  # fmt: skip
-    config = Qwen3Config(
-        **sizes | changes,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=shape.prompt + MAX_LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        eos_token_id=END,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Qwen3ForCausalLM(config)
-    ends = range(END, END + max(1, shape.vocabulary // MEAN_LENGTH))
-    network.generation_config.eos_token_id = list(ends)
-    logging.disable_progress_bar()
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def word(token: int) -> str:
-    """The text of a token of the toy; none is the beginning of a special one."""
-    return {PAD: "<pad>", END: "<end>"}.get(token, f"w{token}")
-
-
-def prompt_of(shape: Shape) -> str:
-    """A text of ``shape.prompt`` tokens that end no completion."""
-    return " ".join(word(token) for token in _tokens(shape, shape.prompt, seed=1))
-
-
-def make_work(shape: Shape, group_size: int) -> Work:
-    """Random completions, from half to one and a half times ``MEAN_LENGTH`` long."""
-    lengths = torch.linspace(MEAN_LENGTH // 2, MAX_LENGTH, group_size).long().tolist()
-    generator = torch.Generator().manual_seed(0)
-    return Work(
-        completions=[_tokens(shape, n, seed=2 + i) for i, n in enumerate(lengths)],
-        advantages=torch.randn(group_size, generator=generator).tolist(),
-    )
-
-
-def _tokens(shape: Shape, count: int, seed: int) -> list[int]:
-    first = END + max(1, shape.vocabulary // MEAN_LENGTH)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(first, shape.vocabulary, (count,), generator=generator).tolist()
-
-
-def varied(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-    """A reward that costs nothing and differs between completions, as TRL calls it."""
     del prompts, columns
-    return [zlib.crc32(text.encode()) / 2**32 for text in completions]
+    return [zlib.crc32(str(completion).encode()) / 2**32 for completion in completions]
 
 
 def open_peer(form: str, folder: Path, shape: Shape, group_size: int) -> Peer:
@@ -155,11 +72,13 @@ def open_peer(form: str, folder: Path, shape: Shape, group_size: int) -> Peer:
 
 
 class Mmrl:
-    """This project's text backend and trainer; see ``Peer``."""
+    """This project's backend and trainer; see ``Peer``."""
 
     def __init__(self, folder: Path, shape: Shape, group_size: int) -> None:
         source = folder / f"prompt-{shape.prompt}.csv"
-        source.write_text(f"prompt\n{prompt_of(shape)}\n", encoding="utf-8")
+        prompt = MODALITIES[shape.modality].prompt(shape, folder)
+        with source.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([prompt.keys(), prompt.values()])
         self.config = _run(folder, source, shape, group_size)
         self.session = runner.open_session(self.config)
         self.backend: Any = self.session.backend
@@ -214,18 +133,21 @@ class Trl:
 
     def __init__(self, folder: Path, shape: Shape, group_size: int) -> None:
         from datasets import Dataset
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoProcessor
         from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
+        modality = MODALITIES[shape.modality]
+        processor = AutoProcessor.from_pretrained(folder)
+        self._rows = [modality.row(modality.prompt(shape, folder))] * group_size
+        self._prompts = modality.read(processor, self._rows)
         self.trainer: Any = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            args=_grpo_config(tempfile.mkdtemp(dir=folder), group_size),
-            processing_class=AutoTokenizer.from_pretrained(folder),
-            train_dataset=Dataset.from_list([{"prompt": prompt_of(shape)}] * group_size),
+            model=modality.load(folder),
+            args=_grpo_config(tempfile.mkdtemp(dir=folder), group_size, modality.BANNED),
+            processing_class=processor,
+            train_dataset=Dataset.from_list(self._rows),
             reward_funcs=varied,
             peft_config=_peft_config() if shape.trained == "lora" else None,
         )
-        self._rows = [{"prompt": prompt_of(shape)}] * group_size
         self._compact = False
         self._optimizer = torch.optim.AdamW(self.parameters().values(), lr=LEARNING_RATE)
         self.trainer.current_gradient_accumulation_steps = 1
@@ -259,15 +181,18 @@ class Trl:
         found = trainable(self.trainer.model)
         return {name.removeprefix("base_model.model."): value for name, value in found.items()}
 
-    def _inputs(self, work: Work) -> dict[str, Tensor]:
+    def _inputs(self, work: Work) -> dict[str, Any]:
         """What ``_generate_and_score_completions`` returns."""
-        text = self._rows[0]["prompt"]
-        ids = self.trainer.processing_class(text, return_tensors="pt").input_ids
-        prompts = ids.expand(len(work.completions), -1)
+        count = len(work.completions)
+        # Each tensor has an equal share for every prompt, pixels too.
+        found = {k: v[: len(v) * count // len(self._rows)] for k, v in self._prompts.items()}
         completions = reduction.side_by_side([torch.tensor(ids) for ids in work.completions])
+        if "mm_token_type_ids" in found:
+            kinds = [found["mm_token_type_ids"], torch.zeros_like(completions)]
+            found |= {"mm_token_type_ids": torch.cat(kinds, dim=1), "num_images": [1] * count}
         return {
-            "prompt_ids": prompts,
-            "prompt_mask": torch.ones_like(prompts),
+            **found,
+            "prompt_mask": torch.ones_like(found["prompt_ids"]),
             "completion_ids": completions,
             "completion_mask": _mask(work).long(),
             "advantages": torch.tensor(work.advantages),
@@ -318,17 +243,15 @@ def _mask(work: Work) -> Tensor:
 
 
 def _run(folder: Path, source: Path, shape: Shape, group_size: int) -> RunConfig:
+    backend = MODALITIES[shape.modality].BACKEND
+    lora = LORA if shape.trained == "lora" else None
     return configuration.parse(
         {
             "name": "language-update",
             "output_dir": str(folder / "run"),
             "backend": {
-                "name": "text",
-                "model": {
-                    "path": str(folder),
-                    "dtype": "fp32",
-                    "lora": LORA if shape.trained == "lora" else None,
-                },
+                **backend,
+                "model": {**backend["model"], "path": str(folder), "dtype": "fp32", "lora": lora},
                 "rollout": {"max_tokens": MAX_LENGTH},
             },
             "prompts": {"source": str(source)},
@@ -354,7 +277,7 @@ def _run(folder: Path, source: Path, shape: Shape, group_size: int) -> RunConfig
     )
 
 
-def _grpo_config(folder: str, group_size: int) -> Any:
+def _grpo_config(folder: str, group_size: int, banned: list[int]) -> Any:
     from trl import GRPOConfig  # pyright: ignore[reportMissingImports]
 
     return GRPOConfig(
@@ -367,6 +290,7 @@ def _grpo_config(folder: str, group_size: int) -> Any:
         num_generations=group_size,
         max_completion_length=MAX_LENGTH,
         loss_type="dapo",  # the token mean
+        generation_kwargs={"suppress_tokens": banned} if banned else None,
         report_to="none",
         disable_tqdm=True,
     )

@@ -1,18 +1,20 @@
 """How fast is an update of a language model, how much memory does it take, and what does TRL need?
 
-    python -m benchmarks.language_update [--prompts 20 400] [--vocabularies 512 32768 151936]
+    python -m benchmarks.language_update [--modalities text vlm] [--prompts 20 400]
 
-One group of a random-weight Qwen3 on the same weights, completions and advantages, in float32:
-the forms of ``backend.update``, and TRL's ``GRPOTrainer`` (``pip install -e '.[bench-trl]'``).  An
-update is a forward and a backward of GRPO's loss.  Gradients of all are compared first, and nothing
-is timed if they differ.  Forms are timed by turns.  Memory: each form in a process of its own, its
-peak during the update above what it held before.  A whole step has each system's own sampling,
-rewards and optimizer.
+One group of a random-weight Qwen3, or of a Qwen3-VL with a picture in its prompt, on the same
+weights, completions and advantages, in float32: the forms of ``backend.update``, and TRL's
+``GRPOTrainer`` (``pip install -e '.[bench-trl]'``).  An update is a forward and a backward of
+GRPO's loss; pixels are ready before it, and the tower that reads them is not trained.  Gradients of
+all are compared first, and nothing is timed if they differ.  Forms are timed by turns.  Memory:
+each form in a process of its own, its peak during the update above what it held before.  A whole
+step has each system's own sampling, rewards and optimizer, and its own reading of the picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -36,14 +38,11 @@ from benchmarks.language_peers import (
     TRL,
     TRL_COMPACT,
     Peer,
-    Shape,
-    Work,
     gradient,
     gradient_gap,
-    make_model,
-    make_work,
     open_peer,
 )
+from benchmarks.language_toys import END, MODALITIES, TOWER, Shape, Work, make_model, make_work
 from mmrl.charts import SERIES_COLOURS
 
 TOLERANCE = 1e-5
@@ -52,7 +51,7 @@ TOLERANCE = 1e-5
 SYSTEMS = (OURS[0], TRL, TRL_COMPACT)
 """What samples in ways of its own; our forms differ in the update only."""
 
-PROBE = Work(completions=[[2, 3]], advantages=[1.0])
+PROBE = Work(completions=[[END, END]], advantages=[1.0])
 """Enough to load what is loaded late, before memory is looked at."""
 
 MIB = 2**20
@@ -103,12 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, time, print, write; what is measured is written after each shape."""
     options = _parser().parse_args(arguments)
     cells: list[Cell] = []
-    for trained in options.trained:
-        for vocabulary in options.vocabularies:
-            for prompt in options.prompts:
-                shape = Shape(prompt=prompt, vocabulary=vocabulary, trained=trained)
-                cells.append(measure(shape, options))
-                path = write(cells, options)
+    axes = options.modalities, options.trained, options.vocabularies, options.prompts
+    for modality, trained, vocabulary, prompt in itertools.product(*axes):
+        shape = Shape(prompt=prompt, vocabulary=vocabulary, trained=trained, modality=modality)
+        cells.append(measure(shape, options))
+        path = write(cells, options)
     print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
     return 0
 
@@ -238,8 +236,10 @@ def report(cells: Sequence[Cell], options: argparse.Namespace, about: dict[str, 
     return "\n\n".join(
         [
             "# Update of a language model beside TRL's",
-            f"A Qwen3 of {options.layers} layers, width {options.hidden}, random weights, float32, "
-            f"one group of {options.group_size} completions with "
+            f"A Qwen3 (text) or Qwen3-VL (vlm) of {options.layers} layers, width {options.hidden}, "
+            "random weights, float32. A prompt of the latter is a picture and a few words; its "
+            f"vision tower has {TOWER['depth']} layers of width {TOWER['hidden_size']} and is not "
+            f"trained. One group of {options.group_size} completions with "
             f"{make_work(cells[0].shape, options.group_size).tokens} tokens together. "
             f"`{TRL}`: `GRPOTrainer` as it is; on a CPU its head scores every position, those of "
             f"prompts and padding too. `{TRL_COMPACT}`: the same told to score completion tokens "
@@ -257,7 +257,8 @@ def report(cells: Sequence[Cell], options: argparse.Namespace, about: dict[str, 
             step_table(cells),
             "Sampling, a reward that costs nothing, update and optimizer; medians of "
             f"{options.step_rounds} steps taken by turns. Each system samples for itself, so the "
-            "lengths of completions differ.",
+            "lengths of completions differ. TRL prepares the picture of each completion in every "
+            "step; mmrl keeps what it prepared once.",
             f"Threads: {about['threads']}. Load average of the machine: {min(loads):.1f} to "
             f"{max(loads):.1f}; CPU-seconds suffer from it less than seconds do.",
             f"Machine: {tables.machine_line(about)}",
@@ -343,25 +344,30 @@ def plot(cells: Sequence[Cell]) -> Figure:
     speed.set(title="update: completion tokens a CPU-second", yscale="log")
     memory.set(title="memory growth of the update, MiB", yscale="log")
     for axes in (speed, memory):
-        names = [f"{c.shape.prompt}\n{c.shape.vocabulary}\n{c.shape.trained}" for c in cells]
-        axes.set_xticks(range(len(cells)), names)
-        axes.set_xlabel("prompt tokens, vocabulary, trained")
+        axes.set_xticks(range(len(cells)), ["\n".join(_shape(cell)) for cell in cells])
+        axes.set_xlabel(", ".join(_SHAPE))
         axes.grid(axis="y", alpha=0.3)
     speed.legend(fontsize="small")
     return figure
 
 
-_SHAPE = ("trained", "prompt", "vocabulary")
+_SHAPE = ("modality", "trained", "prompt", "vocabulary")
 
 
 def _shape(cell: Cell) -> list[str]:
-    return [cell.shape.trained, str(cell.shape.prompt), str(cell.shape.vocabulary)]
+    return [str(getattr(cell.shape, name)) for name in _SHAPE]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.language_update")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.language_update", description=str(__doc__).splitlines()[0]
+    )
     add = parser.add_argument
-    add("--prompts", type=int, nargs="+", default=[20, 400], help="tokens of the prompt")
+    modalities = list(MODALITIES)
+    add("--modalities", nargs="+", choices=modalities, default=modalities,
+        help="vlm: a picture is most of the prompt")  # fmt: skip
+    add("--prompts", type=int, nargs="+", default=[20, 400],
+        help="tokens of the prompt, those of a picture included")  # fmt: skip
     add("--vocabularies", type=int, nargs="+", default=[512, 32768, 151936])
     add("--trained", nargs="+", choices=TRAINED, default=["lora"])
     add("--group-size", type=int, default=8, help="completions of the prompt")

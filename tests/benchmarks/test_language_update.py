@@ -8,36 +8,58 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from benchmarks import language_peers as peers
+from benchmarks import language_toys as toys
 from benchmarks import language_update as benchmark
 
-SHAPE = peers.Shape(prompt=5, vocabulary=128)
+SHAPE = toys.Shape(prompt=9, vocabulary=128)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+MODALITIES = pytest.mark.parametrize("modality", toys.MODALITIES)
+TRAINED = pytest.mark.parametrize("trained", peers.TRAINED)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("model")
-    peers.make_model(found, SHAPE, **SIZES)
+def folders(tmp_path_factory):
+    found = {modality: tmp_path_factory.mktemp(modality) for modality in toys.MODALITIES}
+    for modality, folder in found.items():
+        toys.make_model(folder, replace(SHAPE, modality=modality), **SIZES)
     return found
 
 
-def test_prompts_and_completions_have_the_tokens_asked_for(folder):
-    from transformers import AutoTokenizer
+@pytest.fixture
+def folder(folders):
+    return folders["text"]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer(peers.prompt_of(SHAPE)).input_ids) == SHAPE.prompt
-    work = peers.make_work(SHAPE, 3)
+
+@MODALITIES
+def test_prompts_and_completions_have_the_tokens_asked_for(folders, modality):
+    processor = AutoProcessor.from_pretrained(folders[modality])
+    kind = toys.MODALITIES[modality]
+    for count in (5, 9, 20):
+        shape = replace(SHAPE, prompt=count, modality=modality)
+        row = kind.row(kind.prompt(shape, folders[modality]))
+        ids = kind.read(processor, [row])["prompt_ids"]
+        assert ids.shape == (1, count)
+        pictured = int((ids == toys.VISION["image"]).sum())
+        assert pictured == ({5: 1, 9: 4, 20: 16}[count] if modality == "vlm" else 0)
+    work = toys.make_work(SHAPE, 3)
     assert [len(ids) for ids in work.completions] == [32, 64, 96]
     assert work.tokens == 192
 
 
-@pytest.mark.parametrize("trained", peers.TRAINED)
-def test_our_forms_have_one_gradient_and_other_work_is_noticed(folder, trained):
-    shape = replace(SHAPE, trained=trained)
-    peer = peers.open_peer("shared_prompt", folder, shape, 3)
-    work = peers.make_work(shape, 3)
+def test_a_prompt_too_short_for_a_picture_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="3 tokens"):
+        toys.MODALITIES["vlm"].prompt(replace(SHAPE, prompt=3, modality="vlm"), tmp_path)
+
+
+@MODALITIES
+@TRAINED
+def test_our_forms_have_one_gradient_and_other_work_is_noticed(folders, modality, trained):
+    shape = replace(SHAPE, trained=trained, modality=modality)
+    peer = peers.open_peer("shared_prompt", folders[modality], shape, 3)
+    work = toys.make_work(shape, 3)
 
     def found(form, work):
         peer.use(form).update(work)
@@ -53,16 +75,41 @@ def test_our_forms_have_one_gradient_and_other_work_is_noticed(folder, trained):
         benchmark.refuse_differences({"padded": 0.0, "packed": gap})
 
 
+@MODALITIES
+@TRAINED
+@pytest.mark.filterwarnings("ignore")  # of TRL's, about what it uses itself
+def test_trl_has_our_gradient_and_trains(folders, modality, trained):
+    pytest.importorskip("trl")
+    shape = replace(SHAPE, trained=trained, modality=modality)
+    both = benchmark.open_peers(folders[modality], shape, 3)
+    work = toys.make_work(shape, 3)
+    benchmark.refuse_differences(benchmark.differences(both, work))
+    trl = both[peers.TRL]
+    assert isinstance(trl, peers.Trl)
+    if modality == "vlm":
+        trl._prompts["pixel_values"].neg_()  # another picture
+        gaps = benchmark.differences(both, work)
+        assert min(gaps[form] for form in peers.OURS) > 0.1
+    for form in (peers.TRL, peers.TRL_COMPACT):
+        before = {name: value.detach().clone() for name, value in trl.parameters().items()}
+        assert 3 <= trl.use(form).step() <= 3 * toys.MAX_LENGTH
+        assert any(not torch.equal(before[k], v) for k, v in trl.parameters().items())
+        sampled = trl.trainer._buffered_inputs[0]["completion_ids"]
+        assert not torch.isin(sampled, torch.tensor(toys.MODALITIES[modality].BANNED)).any()
+
+
 def test_gradients_of_other_parameters_differ():
     one = {"a": torch.ones(2)}
     assert peers.gradient_gap({"b": torch.ones(2)}, one) == float("inf")
     assert peers.gradient_gap({"a": torch.tensor([1.0, 2.0])}, one) == pytest.approx(0.5**0.5)
 
 
-def test_a_step_of_ours_trains(folder):
-    peer = peers.open_peer("shared_prompt", folder, SHAPE, 3)
+@MODALITIES
+def test_a_step_of_ours_trains(folders, modality):
+    shape = replace(SHAPE, modality=modality)
+    peer = peers.open_peer("shared_prompt", folders[modality], shape, 3)
     before = {name: value.detach().clone() for name, value in peer.parameters().items()}
-    assert 3 <= peer.step() <= 3 * peers.MAX_LENGTH
+    assert 3 <= peer.step() <= 3 * toys.MAX_LENGTH
     assert any(not torch.equal(before[k], v) for k, v in peer.parameters().items())
 
 
@@ -100,14 +147,14 @@ def test_memory_that_is_used_for_a_moment_is_seen(folder, monkeypatch):
             return {}
 
     monkeypatch.setattr(benchmark, "open_peer", lambda *_: Hungry())
-    grown = benchmark.growth("padded", folder, SHAPE, peers.make_work(SHAPE, 3), 1)
+    grown = benchmark.growth("padded", folder, SHAPE, toys.make_work(SHAPE, 3), 1)
     assert 60 * benchmark.MIB < grown < 80 * benchmark.MIB
 
 
 def test_memory_is_measured_in_a_process_of_its_own(folder):
     if not hasattr(benchmark.os, "sched_getaffinity"):
         pytest.skip("reads /proc")
-    grown = benchmark.in_a_process("padded", folder, SHAPE, peers.make_work(SHAPE, 3))
+    grown = benchmark.in_a_process("padded", folder, SHAPE, toys.make_work(SHAPE, 3))
     assert 0 < grown < 200 * benchmark.MIB
     assert "MALLOC_MMAP_THRESHOLD_" not in benchmark.os.environ
 
@@ -121,9 +168,14 @@ def test_the_whole_benchmark(tmp_path, capsys, monkeypatch):
     rounds = ["--rounds", "1", "--step-rounds", "1", "--hidden", "32", "--group-size", "2"]
     assert benchmark.main([*small, *rounds, "--out", str(tmp_path)]) == 0
     (written,) = tmp_path.glob("*language-update.json")
-    (cell,) = json.loads(written.read_text())["cells"]
-    assert tuple(cell["updates"]) == peers.FORMS
-    assert max(cell["gaps"].values()) <= benchmark.TOLERANCE
-    assert all(value >= 0 for value in cell["growth"].values())  # so little may fit anyway
+    text, vlm = cells = json.loads(written.read_text())["cells"]
+    assert (text["shape"]["modality"], vlm["shape"]["modality"]) == ("text", "vlm")
+    for cell in cells:
+        assert tuple(cell["updates"]) == peers.FORMS
+        assert max(cell["gaps"].values()) <= benchmark.TOLERANCE
+        assert all(value >= 0 for value in cell["growth"].values())  # so little may fit anyway
     assert written.with_suffix(".png").stat().st_size > 0
-    assert "shared_prompt over TRL" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "shared_prompt over TRL" in printed
+    assert "| modality | trained |" in printed
+    assert "| vlm | lora | 5 | 128 |" in printed
