@@ -188,10 +188,11 @@ class Trl:
         found = {k: v[: len(v) * count // len(self._rows)] for k, v in self._prompts.items()}
         completions = reduction.side_by_side([torch.tensor(ids) for ids in work.completions])
         if "mm_token_type_ids" in found:
-            kinds = [found["mm_token_type_ids"], torch.zeros_like(completions)]
-            found |= {"mm_token_type_ids": torch.cat(kinds, dim=1), "num_images": [1] * count}
+            kinds = found["mm_token_type_ids"], torch.zeros_like(completions)
+            found["mm_token_type_ids"] = torch.cat(kinds, dim=1)
         return {
             **found,
+            "num_images": [1] * count if "pixel_values" in found else None,
             "prompt_mask": torch.ones_like(found["prompt_ids"]),
             "completion_ids": completions,
             "completion_mask": _mask(work).long(),
