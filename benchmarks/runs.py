@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import signal
@@ -156,10 +157,11 @@ class Run:
     failed: bool
 
     def record(self) -> dict[str, Any]:
-        """Raw numbers for the results file."""
+        """Raw numbers for the results file, whose paths are relative to the working folder."""
+        here = f"{Path.cwd()}{os.sep}"
         return {
             "seed": self.job.seed,
-            "overrides": list(self.job.overrides),
+            "overrides": [each.replace(here, "") for each in self.job.overrides],
             "budget": self.job.budget,
             "failed": self.failed,
             "commit": _commit(self.job.folder),

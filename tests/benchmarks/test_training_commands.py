@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from benchmarks import runs
-from benchmarks.runs import Job, Point, Reached
+from benchmarks.runs import Job, Point, Reached, Run
 from mmrl.errors import UserError
 
 ROWS = [
@@ -307,3 +307,11 @@ def test_mean_and_std():
     assert runs.mean_and_std([1.0, 3.0], "+.1f") == "+2.0 ± 1.4"
     assert runs.mean_and_std([1.0], ".1f") == "1.0"
     assert runs.mean_and_std([None], ".1f") == "-"
+
+
+def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (f"prompts.source={tmp_path / 'mix.jsonl'}", "seed=1")
+    job = Job(config=Path("absent.yaml"), folder=tmp_path / "runs", seed=1, overrides=words)
+    run = Run(job=job, points=[], rows=[], pieces=[], failed=False)
+    assert run.record()["overrides"] == ["prompts.source=mix.jsonl", "seed=1"]
