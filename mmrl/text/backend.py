@@ -260,7 +260,7 @@ class TextBackend:
                     batch.mask.shape[1],
                     how=config.update,
                     temperature=config.rollout.temperature,
-                    chunk=config.head_chunk,
+                    chunk=config.chunk(network.config.get_text_config().vocab_size),
                     with_entropy=with_entropy,
                     **wanted,
                     attention=self.attention.name,

@@ -10,6 +10,10 @@ from mmrl.adapters import TrainedModelConfig
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
 
+MAX_CHUNK = 1024
+MAX_LOGITS = 2**25
+"""Tokens, and logits, that exist at the same time where the configuration does not say."""
+
 
 class ModelConfig(TrainedModelConfig):
     """Which model is trained, and in what form."""
@@ -117,11 +121,16 @@ class Config(StrictModel):
         "completions, nothing padded. packed: a prompt for each, nothing padded. padded: as "
         "everybody does; for models whose attention is their own.",
     )
-    head_chunk: int = Field(
-        default=1024,
+    head_chunk: int | None = Field(
+        default=None,
         ge=1,
-        description="Tokens whose logits exist at the same time; memory, not results.",
+        description="Tokens whose logits exist at the same time; memory, not results. null: 1024, "
+        "or as many as have 128 MiB of logits in float32.",
     )
+
+    def chunk(self, vocabulary: int) -> int:
+        """``head_chunk`` for a vocabulary of so many tokens."""
+        return self.head_chunk or max(1, min(MAX_CHUNK, MAX_LOGITS // vocabulary))
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -92,7 +92,7 @@ def estimate_memory(config: Config, parts: Parts = TEXT) -> dict[str, float]:
         "weights": float(frozen + trained * 4),
         "gradients_and_optimizer": float(trained * 4 * 3),
         "copy_of_trained_weights": float(trained * 4 * (config.model.lora is None)),
-        "logits": float(3 * 4 * config.head_chunk * text.vocab_size),
+        "logits": float(3 * 4 * config.chunk(text.vocab_size) * text.vocab_size),
         "activations_per_decision": float(
             held * text.hidden_size * width * config.rollout.max_tokens
         ),

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_text import ARCHITECTURES, make_backend, make_batch, make_requests, network
+from tiny_text import (
+    ARCHITECTURES,
+    make_backend,
+    make_batch,
+    make_config,
+    make_requests,
+    network,
+)
 
 from mmrl.text.attention import NAME, register
 from mmrl.text.head import score
@@ -111,6 +118,13 @@ def test_the_chunk_changes_nothing(chunk):
         found.append((terms.logp, gradient(model, terms.logp.sum())))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
     assert (found[0][1] - found[1][1]).norm() < 1e-6 * found[1][1].norm()
+
+
+def test_the_logits_of_a_chunk_have_a_limit(folders):
+    path = folders["qwen3"]
+    given = [make_config(path).chunk(size) for size in (512, 32768, 151936, 10**9)]
+    assert given == [1024, 1024, 2**25 // 151936, 1]
+    assert make_config(path, head_chunk=7).chunk(10**9) == 7
 
 
 def test_log_probabilities_and_entropy_by_a_float64_loop():
