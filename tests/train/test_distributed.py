@@ -92,6 +92,7 @@ def test_three_processes_on_four_groups_equal_one(tmp_path, toy):
     assert [m["num_samples"] for m in metrics_of(three) if "num_samples" in m] == [20.0] * 6
 
 
+@pytest.mark.slow
 def test_divergence_in_the_reward_is_that_of_all_processes(tmp_path, toy):
     """One group more than processes, so that one of them scores a sample for nothing."""
     (tmp_path / "one").mkdir()
@@ -101,6 +102,7 @@ def test_divergence_in_the_reward_is_that_of_all_processes(tmp_path, toy):
     assert_same_trajectory(one, launch(tmp_path / "two", torchrun(2), *overrides))
 
 
+@pytest.mark.slow
 def test_a_process_without_any_group_works_for_nothing(tmp_path, toy):
     (tmp_path / "one").mkdir()
     overrides = ("training.prompts_per_step=1", "evaluation.max_prompts=1")

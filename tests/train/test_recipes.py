@@ -119,6 +119,7 @@ def shared_out(request, teacher, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(recipe, unbroken, shared_out):
     first, other = (
         next(line for line in metrics_of(run) if "loss" in line)

@@ -219,6 +219,7 @@ def test_micro_batch_size_changes_nothing(toy, objective):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_one_goes_on_alone(toy, tmp_path):
     """Their groups are dealt anew where another number of processes goes on."""
     given = ("objective=r2vpo", "regularisers=[]", *MANY, STALE, "evaluation.every=2")

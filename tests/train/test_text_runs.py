@@ -392,6 +392,7 @@ def test_the_correction_reaches_the_update(model, tmp_path):
     assert column(path, f"{RATIO}/max") == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_corrected_updates_depend_on_no_split(model, tmp_path):
     options = (*CORRECTED, *NUCLEUS, "correction.level=sample", "correction.cap=0.5")
     whole = run(model, tmp_path / "whole", *options)
