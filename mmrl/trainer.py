@@ -85,13 +85,13 @@ evaluation has -1."""
 class Given:
     """What the loss of a window has beside its rows.
 
-    ``ahead``: what the policy says of the only micro-batch of the window, where that is known.
+    ``ahead``: the only micro-batch of the window and what the policy says of it, where known.
     """
 
     advantages: Advantages
     anchors: Anchors
     signals: Signals
-    ahead: PolicyTerms | None = None
+    ahead: tuple[PolicyTerms, UpdateBatch] | None = None
 
 
 NUM_TOKENS = "num_tokens"
@@ -381,7 +381,7 @@ class Trainer:
             nonlocal ahead
             batch = self._collated(rows, given)
             terms = self.backend.evaluate(batch, self._replay.needs(batch) if only else needs)
-            ahead = terms if only else None
+            ahead = (terms, batch) if only else None
             return terms, batch
 
         # A window of one micro-batch needs no second forward: its loss goes on from this one.
@@ -475,8 +475,11 @@ class Trainer:
         own: Mapping[str, Means],
         means: Means,
     ) -> torch.Tensor:
-        training, batch, terms = self.config.training, self._collated(rows, given), given.ahead
-        if terms is None:
+        training = self.config.training
+        if given.ahead is not None:
+            terms, batch = given.ahead
+        else:
+            batch = self._collated(rows, given)
             terms = self.backend.evaluate(batch, self._replay.needs(batch))
         whole = reduction.decision_weights(
             rows.whole_mask, rows.weights, training.aggregation, training.horizon
