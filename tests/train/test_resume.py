@@ -42,7 +42,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("call", [7, 22])
+@pytest.mark.parametrize("call", [7, pytest.param(22, marks=pytest.mark.slow)])
 def test_sigkill_and_resume_is_bit_identical(tmp_path, toy, call):
     """Killed within the reward of the ``call``-th group: in step 2, before any
     checkpoint, and in step 6 of 6."""

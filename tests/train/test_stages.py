@@ -213,6 +213,7 @@ def test_an_existing_folder_and_a_changed_configuration_are_refused(whole):
 # ---------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(whole, tmp_path):
     done = launch(pair(tmp_path), tmp_path / "pair.yaml", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr

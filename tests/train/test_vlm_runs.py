@@ -21,6 +21,12 @@ sys.path.insert(0, str(ROOT / "tests" / "vlm"))
 from tiny_vlm import FAMILIES, save_films, save_model, save_pictures
 
 VAS = "prompts.sampler={name: vas, beta: 0.5}"
+SLOW_BUT_ONE = [
+    pytest.param(name, marks=[pytest.mark.slow] if place else [])
+    for place, name in enumerate(sorted(FAMILIES, reverse=True))
+]
+"""Families for a test that starts processes: by default it runs for the newest."""
+per_family = pytest.mark.parametrize("family", SLOW_BUT_ONE, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -87,6 +93,7 @@ def test_a_resumed_run_is_bit_identical(model, family, folder, unbroken):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@per_family
 def test_two_processes_equal_one(model, family, folder, unbroken, tmp_path):
     data = vlm_config(model, family, folder, VAS) | named(folder, family, "two")
     done = launch(data, tmp_path / "config.yaml", processes=2)
@@ -139,6 +146,7 @@ def test_a_resumed_run_with_the_tower_is_bit_identical(model, family, films, tra
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@per_family
 def test_a_process_without_a_picture(model, family, films, trained, tmp_path):
     data = vision_config(model, family, films) | named(films, family, "two")
     done = launch(data, tmp_path / "config.yaml", processes=2)
