@@ -136,6 +136,7 @@ METHODS: dict[str, Method] = {
     "knapsack": Method(kind="budget", sections={"prompts.budget": {"name": "knapsack"}}),
     "refills": Method(kind="budget", sections={"training.refills": 2}),
     "orpo_occupancy": _regulariser("orpo_occupancy", coef=8e-4),
+    "kl_target": _regulariser("kl_target", estimator="k3", coef=0.1, target=0.01),
     "entropy_target": _regulariser("entropy_target", target=0.2, coef=1e-4, max_multiplier=50),
 }  # fmt: skip
 
