@@ -1,23 +1,26 @@
 """Six tasks with rewards of unlike shapes: what does the advantage estimator make of the mix?
 
-    python -m benchmarks.advantages [--seeds 0 1 2] [--steps 60] [a.b=value ...]
+    python -m benchmarks.advantages [--seeds 0 1 2] [--steps 60] [--tails heavy] [a.b=value ...]
 
 The tiny vision-language model answers questions whose rewards are right or wrong (four tasks), an
 overlap of boxes, and agreeing letters; all get a second reward for the form of the answer.  The
 recipe, prompts and seeds are the same for every estimator.  Reported are the gain of each task, and
 at the start of training the share of each task in the gradient: the norm of the gradient of its own
-samples over the sum of these norms.  What is finished is kept, what was interrupted is continued.
+samples over the sum of these norms.  ``--tails heavy`` trains reading with a reward that has
+outliers, ``price_of_letters``.  What is finished is kept, what was interrupted is continued.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from rapidfuzz.distance import Levenshtein
 
 from benchmarks import bands, tables
 from benchmarks.runs import (
@@ -37,6 +40,7 @@ from mmrl.metrics import Means
 from mmrl.rollouts import assemble, collect_scores, make_requests, roll_out
 from mmrl.runner import Session, make_trainer, open_session
 from mmrl.types import Advantages, RolloutGroup, Scores, UpdateBatch
+from rewards._answers import extract
 
 RECIPE = Path("configs/vlm/tiny-qwen-vl/g2rpo-vas.yaml")
 WEIGHTS = {"exact_match": 1.0, "box_iou": 1.0, "edit_distance": 1.0, "format_tags": 0.1}
@@ -54,6 +58,11 @@ REWARDS = (
     {"name": "edit_distance", "where": "tag", "tasks": ["read"]},
     {"name": "format_tags", "weight": WEIGHTS["format_tags"]},
 )
+OUTLIERS = {
+    "name": "benchmarks.advantages.price_of_letters",
+    "label": "edit_distance",
+    "tasks": ["read"],
+}
 TASKS: dict[str, dict[str, Any]] = {
     **{task: {"name": "exact_match", "where": "tag"} for task in EXACT},
     "box": {"name": "box_iou", "where": "tag"},
@@ -68,6 +77,20 @@ Runs = Mapping[tuple[str, int], Run]
 Record = dict[str, Any]
 
 
+def price_of_letters(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any
+) -> list[float]:
+    """1 - e^d for an answer d edits away from the right text: each costs e times the one before.
+
+    Right is 0 and three letters off -19, so few samples hold most of the spread of a group.
+    """
+    said = (extract(completion, "tag") or "" for completion in completions)
+    return [
+        1 - math.exp(Levenshtein.distance(text, right))
+        for text, right in zip(said, answer, strict=True)
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, measure, then print and write."""
     stop_when_terminated()
@@ -80,20 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in options.seeds
         for name in options.estimators
     }
-    shares = [
-        {"seed": seed, **found}
-        for seed in options.seeds
-        for found in gradient_shares(seed, options)
-    ]
+    starts = {seed: gradient_shares(seed, options) for seed in options.seeds}
+    shares = [{"seed": seed, **each} for seed, (found, _) in starts.items() for each in found]
+    tails = [{"seed": seed, **found} for seed, (_, found) in starts.items()]
     about = tables.machine() | {"threads": torch.get_num_threads()}
-    markdown = report(runs, shares, about, options)
+    markdown = report(runs, shares, tails, about, options)
     data = {
         "machine": about,
         "overrides": options.overrides,
+        "tails": options.tails,
         "gradient_shares": shares,
+        "excess_kurtosis": tails,
         "runs": [{"estimator": name, **run.record()} for (name, _), run in runs.items()],
     }
-    path = tables.write_results(options.out, "advantages", markdown, data)
+    name = "advantages-heavy-tails" if options.tails == "heavy" else "advantages"
+    path = tables.write_results(options.out, name, markdown, data)
     plot(runs).savefig(path.with_suffix(".png"), dpi=150)
     print(f"{markdown}\n\nwritten to {path}")
     return 0
@@ -121,9 +145,11 @@ def run_job(name: str, seed: int, options: argparse.Namespace) -> Job:
 def _shared(options: argparse.Namespace) -> list[str]:
     """Prompts and rewards of every run."""
     judged = [{**reward, "label": task, "tasks": [task]} for task, reward in TASKS.items()]
+    heavy = options.tails == "heavy"
+    rewards = [OUTLIERS if heavy and r["name"] == "edit_distance" else r for r in REWARDS]
     return [
         override("prompts.sampler", {"name": "uniform"}),
-        override("rewards", list(REWARDS)),
+        override("rewards", rewards),
         override("evaluation.rewards", judged),
     ]
 
@@ -131,8 +157,11 @@ def _shared(options: argparse.Namespace) -> list[str]:
 # Gradient shares
 
 
-def gradient_shares(seed: int, options: argparse.Namespace) -> list[Record]:
-    """For each estimator, the norm of each task's gradient over their sum, before training."""
+def gradient_shares(seed: int, options: argparse.Namespace) -> tuple[list[Record], Record]:
+    """Before training: for each estimator, the norm of each task's gradient over their sum.
+
+    And ``excess_kurtosis`` of the rewards of each task.
+    """
     changes = [*_shared(options), override("seed", seed), *options.overrides]
     session = open_session(load(tables.ROOT / RECIPE, changes))
     groups, scores = first_groups(session, options.probes)
@@ -145,7 +174,16 @@ def gradient_shares(seed: int, options: argparse.Namespace) -> list[Record]:
         found.append(
             {"estimator": name, **{t: norm / total if total else 0.0 for t, norm in norms.items()}}
         )
-    return found
+    return found, {task: excess_kurtosis(scores, task) for task in TASKS}
+
+
+def excess_kurtosis(scores: Scores, task: str) -> float:
+    """Of the valid rewards of a task less the means of their groups; a Gaussian has 0."""
+    chosen = scores.valid & torch.tensor([each == task for each in scores.task])
+    rewards, group = scores.combined[chosen], scores.group[chosen]
+    centred = torch.cat([rewards[group == g] - rewards[group == g].mean() for g in group.unique()])
+    variance = centred.square().mean()
+    return float(centred.pow(4).mean() / variance.square() - 3) if variance else math.nan
 
 
 def first_groups(session: Session, probes: int) -> tuple[list[RolloutGroup], Scores]:
@@ -205,7 +243,11 @@ def task_norm(
 
 
 def report(
-    runs: Runs, shares: Sequence[Record], about: Mapping[str, Any], options: argparse.Namespace
+    runs: Runs,
+    shares: Sequence[Record],
+    tails: Sequence[Record],
+    about: Mapping[str, Any],
+    options: argparse.Namespace,
 ) -> str:
     """The whole result in markdown."""
     changes = f" All with {' '.join(options.overrides)}." if options.overrides else ""
@@ -222,6 +264,12 @@ def report(
             "## Share of each task in the first gradient",
             share_table(shares, options.estimators),
             f"{options.probes} prompts of each task; 0.167 each would be equal shares.",
+            "## Excess kurtosis of the rewards of each task",
+            tables.markdown_table(
+                list(TASKS), [[mean_and_std([r[task] for r in tails], ".1f") for task in TASKS]]
+            ),
+            f"Tails: {options.tails}. The same samples, less the mean of their group; a Gaussian "
+            "has 0.",
             f"± is the standard deviation over seeds (n - 1). {about['threads']} threads. "
             f"Machine: {tables.machine_line(about)}",
         ]
@@ -277,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--estimators", nargs="+", default=list(ESTIMATORS), help=f"any of {list(ESTIMATORS)}")
     add("--steps", type=int, default=60, help="training steps of every run")
+    add("--tails", choices=("recipe", "heavy"), default="recipe", help="of the reward for reading")
     add("--probes", type=int, default=16, help="prompts of each task for the gradient shares")
     return parser
 

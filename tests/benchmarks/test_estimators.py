@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 import pytest
+import torch
 
 from benchmarks import advantages
 from benchmarks.advantages import ESTIMATORS, TASKS
 from mmrl import preflight
 from mmrl.errors import UserError
+from mmrl.types import Scores
 
 SMALL = (
     "training.prompts_per_step=6",
@@ -20,9 +23,10 @@ SMALL = (
 )
 
 
+@pytest.mark.parametrize("tails", ["recipe", "heavy"])
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator_can_train_the_mix(name, tmp_path):
-    options = argparse.Namespace(runs=tmp_path, every=1, steps=1, overrides=[])
+def test_every_estimator_can_train_the_mix(name, tails, tmp_path):
+    options = argparse.Namespace(runs=tmp_path, every=1, steps=1, overrides=[], tails=tails)
     preflight.refuse_unless_consistent(advantages.run_job(name, 0, options).settings)
 
 
@@ -61,6 +65,25 @@ def test_tables(result):
     _, text = result
     assert "| before |" in text
     assert text.count("| g2rpo |") == 2
+
+
+def test_each_letter_costs_more_than_the_one_before():
+    said = ["<answer>CAT</answer>", "<answer>CAR</answer>", "<answer>TOAST</answer>", "CAT"]
+    found = advantages.price_of_letters(["?"] * 4, said, answer=["CAT"] * 4)
+    assert found == pytest.approx([0, 1 - math.e, 1 - math.e**3, 1 - math.e**3])
+
+
+def test_kurtosis_is_that_within_groups():
+    """0 and 1 alike often have -2, whatever the level of their group."""
+    values = torch.tensor([0.0, 1, 10, 11, 5, 5, 5, 5], dtype=torch.float64)
+    scores = Scores(
+        combined=values,
+        group=torch.tensor([0, 0, 1, 1, 2, 2, 2, 2]),
+        valid=torch.ones(8, dtype=torch.bool),
+        task=["read"] * 4 + ["box"] * 4,
+    )
+    assert advantages.excess_kurtosis(scores, "read") == pytest.approx(-2)
+    assert math.isnan(advantages.excess_kurtosis(scores, "box")), "no spread at all"
 
 
 def test_an_unknown_estimator_is_refused():
