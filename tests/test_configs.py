@@ -55,6 +55,16 @@ def test_whole_runs_in_the_readme_are_valid():
         refuse_unless_consistent(parse(data))
 
 
+def test_names_of_methods_in_the_readme_are_settings():
+    table = (ROOT / "README.md").read_text().split("| method | settings |\n")[1].split("\n\n")[0]
+    for row in table.splitlines()[1:]:
+        changes = [word for word in re.findall(r"`([^`]+)`", row) if "=" in word]
+        assert changes
+        for alone in ([each] for each in changes) if "; " in row else [changes]:
+            recipe = CONFIGS / "text" / "tiny-qwen" / "grpo-arithmetic.yaml"
+            refuse_unless_consistent(load(recipe, alone))
+
+
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_stages_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
