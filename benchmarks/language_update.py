@@ -74,9 +74,14 @@ class Cost:
         self.tokens.append(tokens)
 
     @property
+    def cpu_rates(self) -> list[float]:
+        """Tokens a CPU-second of every round."""
+        return [n / t for n, t in zip(self.tokens, self.cpu, strict=True)]
+
+    @property
     def cpu_rate(self) -> float:
-        """Tokens a CPU-second, median of the rounds."""
-        return statistics.median(n / t for n, t in zip(self.tokens, self.cpu, strict=True))
+        """Their median."""
+        return statistics.median(self.cpu_rates)
 
     @property
     def wall_rate(self) -> float:
@@ -246,7 +251,8 @@ def report(cells: Sequence[Cell], options: argparse.Namespace, about: dict[str, 
             "only, as it does on CUDA. Neither has gradient checkpointing.",
             "## shared_prompt over TRL",
             ratio_table(cells),
-            "Speed in completion tokens a CPU-second, as a multiple; memory growth as a share.",
+            "Speed in completion tokens a CPU-second, as a multiple: of the medians, and in "
+            "brackets the least and the greatest of single rounds; memory growth as a share.",
             "## Updates",
             update_table(cells),
             f"Forward and backward; medians of {options.rounds} rounds taken by turns. Growth: "
@@ -272,7 +278,9 @@ def ratio_table(cells: Sequence[Cell]) -> str:
     titles = [f"{what} / {peer}" for what in ("update", "step", "memory") for peer in peers]
 
     def faster(costs: dict[str, Cost], peer: str) -> str:
-        return f"{costs[ours].cpu_rate / costs[peer].cpu_rate:.2f}"
+        rounds = zip(costs[ours].cpu_rates, costs[peer].cpu_rates, strict=True)
+        middle = costs[ours].cpu_rate / costs[peer].cpu_rate
+        return _spread(middle, [mine / its for mine, its in rounds], ".2f")
 
     return tables.markdown_table(
         [*_SHAPE, *titles],
@@ -286,6 +294,10 @@ def ratio_table(cells: Sequence[Cell]) -> str:
             for cell in cells
         ],
     )
+
+
+def _spread(middle: float, rounds: Sequence[float], form: str) -> str:
+    return f"{middle:{form}} ({min(rounds):{form}} to {max(rounds):{form}})"
 
 
 def _share(part: float, whole: float) -> str:
@@ -302,7 +314,7 @@ def update_table(cells: Sequence[Cell]) -> str:
             [
                 *_shape(cell),
                 form,
-                f"{cost.cpu_rate:.0f}",
+                _spread(cost.cpu_rate, cost.cpu_rates, ".0f"),
                 f"{cost.wall_rate:.0f}",
                 f"{cell.growth[form] / MIB:.0f}",
                 f"{cell.gaps[form]:.1e}",
@@ -322,7 +334,7 @@ def step_table(cells: Sequence[Cell]) -> str:
             [
                 *_shape(cell),
                 form,
-                f"{cost.cpu_rate:.0f}",
+                _spread(cost.cpu_rate, cost.cpu_rates, ".0f"),
                 f"{cost.wall_rate:.0f}",
                 f"{statistics.median(cost.tokens):.0f}",
             ]
