@@ -359,7 +359,7 @@ def plot(cells: Sequence[Cell]) -> Figure:
         axes.set_xticks(range(len(cells)), ["\n".join(_shape(cell)) for cell in cells])
         axes.set_xlabel(", ".join(_SHAPE))
         axes.grid(axis="y", alpha=0.3)
-    speed.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(FORMS), fontsize="small")
     return figure
 
 
