@@ -363,6 +363,20 @@ class Config(StrictModel):
         taught = {"mean_gap_teacher"} if self.teachers else set()
         return frozenset(common | step | scored | taught)
 
+    @property
+    def comes_with(self) -> Mapping[str, str]:
+        """Terms of ``provides`` that depend on a setting, and that setting."""
+        kernels = "likelihood.name = 'transition' and likelihood.kernel ="
+        contrast = "likelihood.name = 'flow_matching' and likelihood.behaviour = 'ema'"
+        return {
+            "logp": f"likelihood.name = 'flow_matching', or {kernels} any but 'ode'",
+            "logp_ref": f"{kernels} any but 'ode'",
+            "mean_gap_old": f"{kernels} 'flow_sde' or 'dance_sde'",
+            "mean_gap_teacher": "likelihood.name = 'transition' and teachers",
+            "implicit_positive": contrast,
+            "implicit_negative": contrast,
+        }
+
     def refuse_prompts(self, prompts: Sequence[Prompt]) -> None:
         """``UserError`` for a training prompt that no teacher is there for."""
         taught = [teacher.task for teacher in self.teachers]

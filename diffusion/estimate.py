@@ -12,6 +12,7 @@ from diffusion.attention import pick_attention
 from diffusion.config import Config, FlowMatchingConfig
 from diffusion.lora import LORA_FILE, adapter_size, teacher_folder, weights_folder
 from diffusion.models.base import locate, read_json, vae_scale_factor
+from diffusion.steps import why_not
 from diffusion.teachers import compare_with_runs
 from mmrl.adapters import add_lora
 from mmrl.attention import describe as describe_attention
@@ -86,13 +87,18 @@ def describe_likelihood(config: Config) -> list[str]:
     """What is scored, and which steps are not, with the reasons."""
     likelihood, count = config.likelihood, config.num_decisions
     if isinstance(likelihood, FlowMatchingConfig):
-        return [f"likelihood: {likelihood.weighting}, {count} noise levels a sample"]
+        lines = [f"likelihood: {likelihood.weighting}, {count} noise levels a sample"]
+        if config.rollout.guidance != 1:
+            lines.append(
+                f"guidance: images are drawn under {config.rollout.guidance:g}; noise levels are "
+                "scored with it only where it is an input of the network"
+            )
+        return lines
     tables = config.step_tables(likelihood)
     noise = f"noise level {likelihood.noise_level:g} on {likelihood.steps.noise} steps"
-    reasons = [f"step {step} {why}" for step, why in tables.excluded().items()]
     return [
         f"likelihood: {likelihood.kernel}, {noise}, {count} of {tables.num_steps} steps trained",
-        f"never trained: {'; '.join(reasons) or 'none'}",
+        f"never trained: {why_not(tables) or 'none'}",
     ]
 
 

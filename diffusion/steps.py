@@ -100,11 +100,17 @@ class StepsConfig(StrictModel):
             )
         if self.start is not None and self.select != "window":
             raise UserError(f"likelihood.steps.start = {self.start} needs select = 'window'")
-        if not steps or (self.size or 0) > len(steps):
-            reasons = "".join(f"; step {i} {why}" for i, why in tables.excluded().items())
+        limit = "" if self.before is None else f" before step {self.before} (steps.before)"
+        if not steps:
             raise UserError(
-                f"likelihood.steps: {self.size or 'at least one'} of the {len(steps)} steps that "
-                f"can be trained{reasons}"
+                f"likelihood.steps: none{limit} can be trained: {why_not(tables)}; "
+                "likelihood.noise_level sets the noise"
+            )
+        if (self.size or 0) > len(steps):
+            others = why_not(tables)
+            raise UserError(
+                f"likelihood.steps.size = {self.size}; allowed: 1 to {len(steps)}, the steps"
+                f"{limit} that can be trained" + (others and f"; {others}")
             )
         if (
             self.start is not None
@@ -133,3 +139,16 @@ class StepsConfig(StrictModel):
             chosen = torch.randperm(len(steps), generator=generator)[:count].tolist()
             return sorted(steps[i] for i in chosen)
         return steps
+
+
+def why_not(tables: StepTables) -> str:
+    """The steps that cannot be scored, those of one reason together."""
+    excluded = tables.excluded()
+    together = {
+        reason: [str(step) for step, why in excluded.items() if why == reason]
+        for reason in dict.fromkeys(excluded.values())
+    }
+    return "; ".join(
+        f"{'each of the steps' if len(steps) > 1 else 'step'} {', '.join(steps)} {reason}"
+        for reason, steps in together.items()
+    )

@@ -26,6 +26,11 @@ class BackendConfig(Protocol):
         ...
 
     @property
+    def comes_with(self) -> Mapping[str, str]:
+        """Settings, in words, under which terms that may be missing are computed; optional."""
+        ...
+
+    @property
     def num_decisions(self) -> int | None:
         """Decisions of every sample, if they can be evaluated apart; ``None`` if they cannot."""
         ...

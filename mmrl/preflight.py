@@ -343,12 +343,17 @@ def refuse_missing_terms(config: RunConfig) -> None:
     provided = config.backend.config.provides  # type: ignore[attr-defined]
     asked = [*asked_of_updates(config), *asked_before_updates(config)]
     for who, needs in asked:
-        missing = needs - provided
+        missing = sorted(needs - provided)
         if missing:
+            settings = getattr(config.backend.config, "comes_with", {})
+            remedies = [
+                f"{term} comes with {settings[term]}; " for term in missing if term in settings
+            ]
             raise UserError(
-                f"{who} needs {', '.join(sorted(missing))}, which backend "
+                f"{who} needs {', '.join(missing)}, which backend "
                 f"{config.backend.name!r} with this likelihood does not provide; "
-                f"it provides {', '.join(sorted(provided))}"
+                + "".join(remedies)
+                + f"it provides {', '.join(sorted(provided))}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -42,9 +43,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
     """A hint for an error message: the closest spelling, then everything allowed."""
+    hint = did_you_mean(name, allowed)
+    return f"{hint} allowed: {', '.join(allowed)}".lstrip()
+
+
+def did_you_mean(name: str, allowed: Sequence[str]) -> str:
+    """The closest spelling as a question; empty where none is close."""
     close = get_close_matches(name, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}allowed: {', '.join(allowed)}"
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def validate(model: type[Model], data: Any, path: str = "") -> Model:
@@ -78,7 +84,10 @@ def _explain(model: type[BaseModel], path: str, error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     # A model-level validator sees the whole section: its value would only be noise.
     value = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
-    return f"{where}: {message}{value}"
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        hint = did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return f"{where}: {message}{value}" + (hint and f"; {hint}")
 
 
 def _join(path: str, loc: Sequence[int | str]) -> str:

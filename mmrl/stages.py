@@ -210,8 +210,8 @@ def _by_stage(overrides: Sequence[str], names: Sequence[str]) -> dict[str, list[
             for items in chosen.values():
                 items.append(override)
         elif head not in _OWN_KEYS:
-            allowed = [*(f"{name}.KEY" for name in names), *_OWN_KEYS, *RunConfig.model_fields]
-            hint = nearest(override.partition("=")[0], list(dict.fromkeys(allowed)))
+            allowed = [*names, *_OWN_KEYS, *RunConfig.model_fields]
+            hint = nearest(head, list(dict.fromkeys(allowed)))
             raise UserError(f"override {override!r}: names no stage and no key; {hint}")
     return chosen
 

@@ -24,6 +24,7 @@ from mmrl.schema import StrictModel
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+RECIPES = ROOT / "configs" / "diffusion" / "tiny-sd3"
 COMMANDS = ("train", "check", "eval", "sample", "report", "compare", "list", "doctor")
 
 
@@ -231,6 +232,39 @@ def test_list_of_an_unknown_kind():
 
 
 # ---------------------------------------------------------------- mistakes and interruptions
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "parts"),
+    [
+        ("flow-grpo", "kernel=flow_sed", ["likelihood.kernel", "'flow_sed'", "mean 'flow_sde'?"]),
+        ("flow-grpo", "steps.select=windw", ["likelihood.steps.select", "mean 'window'?"]),
+        ("flow-grpo", "noise_level=0", ["adds no noise", "likelihood.noise_level"]),
+        ("flow-grpo-fast", "steps.size=9", ["likelihood.steps.size = 9; allowed: 1 to"]),
+        ("grpo-guard", "kernel=cps", ["'grpo_guard' needs mean_gap_old", "'flow_sde' or 'dance"]),
+        ("nft", "behaviour=current", ["'nft' needs implicit_negative", "behaviour = 'ema'"]),
+    ],
+)
+def test_mistakes_in_a_likelihood(monkeypatch, recipe, change, parts):
+    monkeypatch.chdir(ROOT)
+    result = invoke("check", RECIPES / f"{recipe}.yaml", f"backend.likelihood.{change}")
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert [part for part in parts if part not in said] == []
+
+
+def test_check_names_steps_that_are_never_trained(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = invoke("check", RECIPES / "flow-grpo.yaml")
+    assert result.exit_code == 0
+    assert "never trained step 9 ends at sigma = 0" in " ".join(result.output.split())
+
+
+def test_check_says_where_guidance_counts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = "images are drawn under 4.5"
+    assert said in invoke("check", QUICKSTART, "backend.rollout.guidance=4.5").output
+    assert said not in invoke("check", QUICKSTART).output
 
 
 @pytest.mark.parametrize(

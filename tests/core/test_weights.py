@@ -73,6 +73,19 @@ def test_decay_schedules():
     assert evaluation_decay(10_000, 0.99) == 0.99
 
 
+@pytest.mark.parametrize(
+    ("max_decay", "rate", "start", "decays"),
+    [
+        (0.0, 0.001, 0, [0, 0, 0, 0, 0]),
+        (0.5, 0.001, 0, [0, 0.074, 0.075, 0.208, 0.5]),
+        (0.999, 0.0075, 75, [0, 0, 0, 0.9975, 0.999]),
+    ],
+)
+def test_decay_types_of_diffusion_nft(max_decay, rate, start, decays):
+    found = [ema_decay(step, max_decay, rate, start) for step in (0, 74, 75, 208, 1000)]
+    assert found == pytest.approx(decays, abs=1e-12)
+
+
 def test_loading_refuses_other_parameters():
     snapshot = Snapshot(parameters([1.0]))
     snapshot.load({"0": torch.tensor([7.0])})

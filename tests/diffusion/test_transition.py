@@ -283,7 +283,11 @@ def test_the_clipped_objective_raises_what_was_rewarded(backend_of):
     [
         ({"size": 2}, "steps.size = 2 with select = 'all'"),
         ({"select": "window"}, "steps.size = None with select = 'window'"),
-        ({"select": "window", "size": 7}, "7 of the 5 steps.*step 5 ends at sigma = 0"),
+        ({"select": "window", "size": 7}, r"steps.size = 7; allowed: 1 to 5.*; step 5 ends at"),
+        (
+            {"select": "window", "size": 3, "before": 2},
+            r"steps.size = 3; allowed: 1 to 2, the steps before step 2 \(steps.before\)",
+        ),
         ({"select": "window", "size": 2, "start": 4}, "must lie within steps 0 to 4"),
         ({"select": "subset", "size": 2, "start": 1}, "needs select = 'window'"),
         ({"select": "subset", "size": 2, "shared_by": "sample"}, "different kernels"),
@@ -300,6 +304,7 @@ def test_choices_of_steps_that_cannot_be_made(tmp_path, change, message):
         ({"scheduler": "dpmpp_2m"}, {}, "rollout.scheduler = 'dpmpp_2m' with likelihood"),
         ({}, {"kernel": "sde"}, "kernel"),
         ({}, {"noise_level": -1.0}, "noise_level"),
+        ({}, {"noise_level": 0.0}, "each of the steps 0, 1, 2, 3, 4, 5 adds no noise.*noise_level"),
         ({}, {"kernel": "cps", "noise_level": 1.5}, "noise_level = 1.5 with kernel 'cps'"),
     ],
 )

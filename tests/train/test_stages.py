@@ -350,7 +350,8 @@ def test_mistakes_are_found_before_the_first_stage(tmp_path, spoil, parts):
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("secnod.seed=1", "did you mean 'second.KEY'?"),
+        ("secnod.seed=1", "did you mean 'second'?"),
+        ("secnod.training.num_steps=1", "did you mean 'second'?"),
         ("sede=1", "did you mean 'seed'?"),
         ("second.sede=1", "stage 'second': sede: unknown key"),
         ("second", "names no stage and no key"),
