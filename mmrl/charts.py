@@ -43,6 +43,8 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "lines.solid_capstyle": "round",
 }
+WIDTH, HEIGHT = 4.8, 2.7
+"""Of a chart, in inches."""
 SMOOTH_FROM = 30
 """Curves with at least this many points also show a running mean."""
 
@@ -66,7 +68,7 @@ def line_chart(
     """
     # The salt keeps identifiers of one page apart and the file reproducible.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_subplot()
         axes.grid(axis="y")
         if log_scale:
@@ -79,7 +81,8 @@ def line_chart(
         if len(series) > 1:
             # Above the plot, so that it never covers a curve.
             columns = min(3, len(series))
-            figure.legend(loc="outside upper left", ncols=columns, labelcolor=_INK)
+            figure.legend(loc="upper left", ncols=columns, labelcolor=_INK)
+        _leave_margins(figure, axes, math.ceil(len(series) / 3) if len(series) > 1 else 0)
         return _inline(figure, title)
 
 
@@ -126,6 +129,21 @@ def _widen_if_flat(axes: Axes, series: Sequence[Series]) -> None:
     if values and max(values) - min(values) <= 1e-9 * max(map(abs, values)):
         room = 0.1 * abs(values[0]) or 0.1
         axes.set_ylim(values[0] - room, values[0] + room)
+
+
+def _leave_margins(figure: Figure, axes: Axes, legend_lines: int) -> None:
+    """Room for what stands beside the plot.  A layout engine would draw everything once more."""
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.yaxis.get_majorticklocs() if low <= tick <= high]
+    labels = axes.yaxis.get_major_formatter()
+    longest = max(map(len, labels.format_ticks(ticks)), default=0)
+    lines = legend_lines + bool(labels.get_offset())
+    figure.subplots_adjust(
+        left=(0.2 + 0.08 * longest) / WIDTH,
+        right=1 - 0.15 / WIDTH,
+        bottom=0.5 / HEIGHT,
+        top=1 - (0.1 + 0.2 * lines) / HEIGHT,
+    )
 
 
 def _inline(figure: Figure, title: str) -> str:

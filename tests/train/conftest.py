@@ -22,6 +22,14 @@ def _alone():
         state._reset_state()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _reports_without_charts():
+    """Drawing them takes longer than a tiny run; ``tests/cli`` and runs of a shell have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmrl.charts.line_chart", lambda *_, **__: "")
+        yield
+
+
 @pytest.fixture
 def toy(tmp_path):
     """Train the toy: ``toy("a.b=value", ..., resume=False, folder=...)`` -> run folder."""
