@@ -13,7 +13,15 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from toy.run import ROOT, apply_overrides, metrics_of, python, toy_config, weights_of
+from toy.run import (
+    ROOT,
+    apply_overrides,
+    leave_charts_out,
+    metrics_of,
+    python,
+    toy_config,
+    weights_of,
+)
 
 from mmrl.config import load, parse
 from mmrl.resolve import names
@@ -40,7 +48,7 @@ VARIANTS = {
 }
 """The ``objective`` section of each run; without a name that of the run."""
 IN_RECIPES = {"grpo_guard": "grpo-guard", "nft": "nft", "opd": "opd-student"}
-"""Objectives that need a network: ``test_recipes.test_two_processes_equal_one`` has their recipes."""
+"""Objectives that need a network; ``test_recipes`` has their recipes in two processes."""
 MANY_UPDATES = (
     "training.num_steps=2",
     "training.updates_per_epoch=2",
@@ -117,5 +125,6 @@ def test_micro_batches_do_not_show(variant, alone, tmp_path):
 
 if __name__ == "__main__":
     PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
+    leave_charts_out()
     for job in yaml.safe_load(Path(sys.argv[1]).read_text()):
         train(parse(job))

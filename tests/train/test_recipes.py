@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from toy.run import ROOT, column, launch, metrics_of, python, weights_of
+from toy.run import ROOT, column, launch, leave_charts_out, metrics_of, python, weights_of
 
 from mmrl import stages
 from mmrl.checkpoint import found
@@ -236,5 +236,6 @@ def test_a_student_draws_and_is_judged_without_its_teachers(teacher, tmp_path):
 
 if __name__ == "__main__":
     PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
+    leave_charts_out()
     for path, overrides in json.loads(sys.argv[1]):
         train(load(Path(path), overrides))

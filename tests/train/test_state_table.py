@@ -21,7 +21,7 @@ import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file
 from test_text_runs import config as text_config
-from toy.run import ROOT, SMALLER, metrics_of, python, small_config, weights_of
+from toy.run import ROOT, SMALLER, leave_charts_out, metrics_of, python, small_config, weights_of
 
 from mmrl.checkpoint import Progress, found
 from mmrl.config import RunConfig, parse
@@ -332,5 +332,6 @@ def test_two_processes_equal_one(name, straight, shared_out):
 
 if __name__ == "__main__":
     PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
+    leave_charts_out()
     for job in yaml.safe_load(Path(sys.argv[1]).read_text()):
         train(parse(job))
