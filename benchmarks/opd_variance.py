@@ -1,6 +1,6 @@
 """How noisy is the gradient of on-policy distillation, in closed form and in PPO's form?
 
-    python -m benchmarks.opd_variance [--seeds 0 1 2 3 4] [--draws 96] [a.b=value ...]
+    python -m benchmarks.opd_variance [--seeds 0 1 2 3 4] [--draws 128] [a.b=value ...]
 
 Both minimise KL(student || teacher) of a denoising transition.  Closed form (DiffusionOPD,
 arXiv:2605.15055): the gradient of mean (mu_S - mu_T)^2 / (2 S^2).  PPO's form: the negative log
@@ -431,9 +431,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--scale", type=float, default=0.02, help="size of the random adapters")
     add("--given", type=int, default=8, help="states that are held fixed, of each step")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="pairs of random adapters")
-    add("--blocks", type=int, default=24, help="independent means of draws, for standard errors")
-    add("--draws", type=int, default=96, help="draws for each state in a block")
-    add("--states", type=int, default=48, help="states of each step for the variance over states")
+    add("--blocks", type=int, default=12, help="independent means of draws, for standard errors")
+    add("--draws", type=int, default=128, help="draws for each state in a block")
+    add("--states", type=int, default=32, help="states of each step for the variance over states")
     add("--out", type=Path, default=tables.RESULTS, help="where the results go")
     add("overrides", nargs="*", help="a.b=value")
     return parser
