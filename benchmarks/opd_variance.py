@@ -1,23 +1,25 @@
 """How noisy is the gradient of on-policy distillation, in closed form and in PPO's form?
 
-    python -m benchmarks.opd_variance [--draws 512] [--blocks 48] [a.b=value ...]
+    python -m benchmarks.opd_variance [--seeds 0 1 2 3 4] [--draws 128] [a.b=value ...]
 
 Both minimise KL(student || teacher) of a denoising transition.  Closed form (DiffusionOPD,
 arXiv:2605.15055): the gradient of mean (mu_S - mu_T)^2 / (2 S^2).  PPO's form: the negative log
 ratio to the teacher as a reward, with fresh x' ~ p_S; as log-densities here are means over D
 dimensions, its loss is D (logp_S - logp_T).detach() logp_S.  A third form subtracts the reward's
 mean given the state, the best constant that PPO could know.  Student and teacher are two random
-adapters of one network; states come from a rollout of the student.
+adapters of one network; states come from a rollout of the student.  Each seed draws another pair of
+adapters, other states and other noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,15 +125,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw, differentiate, compare, print, write."""
     options = _parser().parse_args(arguments)
     started = time.process_time()
-    backend, prompts = open_policies(options)
-    batches = roll_out(backend, prompts, max(options.states, options.given))
-    lines = measure(backend, batches, options)
     about = tables.machine()
-    about["parameters"] = sum(p.numel() for p in trainable(backend.model).values())
-    about["dimensions"] = math.prod(backend._shape)
+    runs = {}
+    for seed in options.seeds:
+        print(f"seed {seed}", flush=True)
+        backend, prompts = open_policies(options, seed)
+        batches = roll_out(backend, prompts, max(options.states, options.given), seed)
+        runs[seed] = measure(backend, batches, options, seed)
+        about["parameters"] = sum(p.numel() for p in trainable(backend.model).values())
+        about["dimensions"] = math.prod(backend._shape)
     about["cpu_seconds"] = time.process_time() - started
-    markdown = report(lines, options, about)
-    data = {"machine": about, "options": _plain(options), "lines": [asdict(x) for x in lines]}
+    markdown = report(list(runs.values()), options, about)
+    lines = {str(seed): [asdict(line) for line in found] for seed, found in runs.items()}
+    data = {"machine": about, "options": _plain(options), "seeds": lines}
     path = tables.write_results(options.out, "opd-variance", markdown, data)
     print(f"{markdown}\n\nwritten to {path}")
     return 0
@@ -140,19 +146,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # Policies and states
 
 
-def open_policies(options: argparse.Namespace) -> tuple[DiffusionBackend, list[Prompt]]:
+def open_policies(options: argparse.Namespace, seed: int) -> tuple[DiffusionBackend, list[Prompt]]:
     """A student with a random adapter, and another random adapter as its teacher."""
     run = configuration.load(options.config, [*SETTINGS, *options.overrides])
     prompts = load_prompts(run.prompts.source, "prompts.source")
     prompts = [replace(p, columns={**p.columns, "task": TASK}) for p in prompts]
     with tempfile.TemporaryDirectory() as folder:
-        teacher = _build(run.backend.config, prompts, 1, options.scale, frozenset())
+        teacher = _build(run.backend.config, prompts, 2 * seed + 1, options.scale, frozenset())
         teacher.export(Path(folder), "")
         taught = {"teachers": [{"task": TASK, "path": folder}]}
         config: Any = run.backend.config
         config = type(config).model_validate(config.model_dump() | taught)
         needs = frozenset({"mean_gap_teacher"})
-        student = _build(config, prompts, 2, options.scale, needs)
+        student = _build(config, prompts, 2 * seed + 2, options.scale, needs)
     return student, prompts
 
 
@@ -169,12 +175,12 @@ def _build(
 
 
 def roll_out(
-    backend: DiffusionBackend, prompts: Sequence[Prompt], samples: int
+    backend: DiffusionBackend, prompts: Sequence[Prompt], samples: int, seed: int
 ) -> list[TransitionBatch]:
     """The transitions of one sample for each of the first prompts, one batch for each step."""
     if samples > len(prompts):
         raise SystemExit(f"{samples} states of each step, but only {len(prompts)} prompts")
-    groups = backend.rollout(make_requests(prompts[:samples], 1, 0, 0))
+    groups = backend.rollout(make_requests(prompts[:samples], 1, seed, 0))
     rows = [(group, 0) for group in groups]
     steps = range(backend.config.num_decisions)
     return [backend.collate(rows, slice(k, k + 1))[0] for k in steps]
@@ -210,10 +216,13 @@ def part_of(batch: TransitionBatch, start: int, stop: int) -> TransitionBatch:
 
 
 def measure(
-    backend: DiffusionBackend, batches: Sequence[TransitionBatch], options: argparse.Namespace
+    backend: DiffusionBackend,
+    batches: Sequence[TransitionBatch],
+    options: argparse.Namespace,
+    seed: int,
 ) -> list[Line]:
     """One line for each step, and the mean over steps, which is the gradient of a whole update."""
-    generator = torch.Generator(backend._device).manual_seed(0)
+    generator = torch.Generator(backend._device).manual_seed(seed)
     closed, given, over, divergences = [], [], [], []
     for batch in batches:
         fixed = means_of(backend, part_of(batch, 0, options.given))
@@ -222,7 +231,6 @@ def measure(
         divergences.append(float(divergence.detach()) * fixed.dimensions)
         given.append(blocks(backend, fixed, options, generator))
         over.append(over_states(backend, part_of(batch, 0, options.states), generator))
-        print(f"step {len(closed)} of {len(batches)}", flush=True)
     lines = [
         line(str(int(batch.steps[0, 0])), divergences[k], closed[k], given[k], over[k], options)
         for k, batch in enumerate(batches)
@@ -333,25 +341,30 @@ def _mean_of(parts: Sequence[Any]) -> Any:
 # Report
 
 
-def report(lines: Sequence[Line], options: argparse.Namespace, about: dict[str, Any]) -> str:
-    """The whole result in markdown."""
+def report(
+    runs: Sequence[Sequence[Line]], options: argparse.Namespace, about: dict[str, Any]
+) -> str:
+    """The whole result in markdown; ``runs``: the lines of each seed."""
     changes = f" with {' '.join(options.overrides)}" if options.overrides else ""
+    draws = runs[0][0].given_states["PPO"].draws
     return "\n\n".join(
         [
             f"# Gradient of on-policy distillation on {options.config}{changes}",
             f"Student and teacher: random adapters of {about['parameters']} parameters (every "
             f"parameter moved by {options.scale:g} z); D = {about['dimensions']}. "
-            f"{about['cpu_seconds']:.0f} CPU-seconds.",
+            f"{about['cpu_seconds']:.0f} CPU-seconds. Mean +- standard deviation over "
+            f"{len(runs)} seeds, each with its own two adapters, states and draws.",
             f"## Given {options.given} states: do the two agree?",
-            agreement_table(lines),
-            f"{lines[0].given_states['PPO'].draws} draws for each state in {options.blocks} "
+            agreement_table(runs),
+            f"{draws} draws for each state and seed, in {options.blocks} "
             "blocks. c: gradient of the closed form, which has variance 0 here; g: mean of PPO's "
-            "form. cos: cosine of g and c. g c / |c|^2 is 1 in expectation, +- its standard error. "
+            "form. cos: cosine of g and c. g c / |c|^2 is 1 in expectation; in brackets the "
+            "standard error that the blocks of one seed predict (root mean square over seeds). "
             "|g - c| / |c| should be near the value in brackets, which is what the variance of the "
             "blocks predicts. variance: trace of the covariance of one draw for each of the "
             f"{options.given} states over |c|^2, without and with a baseline.",
             f"## Over {options.states} states, one draw each",
-            states_table(lines),
+            states_table(runs),
             "Trace of the covariance over that of the closed form, which comes from the states "
             "alone and is itself the last column times the squared norm of the mean gradient. "
             "Step `all`: the mean over the steps, as in an update.",
@@ -360,37 +373,51 @@ def report(lines: Sequence[Line], options: argparse.Namespace, about: dict[str, 
     )
 
 
-def agreement_table(lines: Sequence[Line]) -> str:
+def agreement_table(runs: Sequence[Sequence[Line]]) -> str:
     """One row for each step, of what holds at given states."""
     plain, baseline = FORMS
     header = ["step", "KL, nats", "cos", "g c / \\|c\\|^2", "\\|g - c\\| / \\|c\\|", "variance",
               "variance, baseline", "variance, closed"]  # fmt: skip
     rows = []
-    for x in lines:
-        a, b = x.given_states[plain], x.given_states[baseline]
+    for seeds in zip(*runs, strict=True):
+        a = [x.given_states[plain] for x in seeds]
+        error = math.sqrt(statistics.fmean(x.norm_error**2 for x in a))
         rows.append(
             [
-                x.step,
-                f"{x.kl:.3f}",
-                f"{a.cosine:.4f}",
-                f"{a.relative_norm:.4f} +- {a.norm_error:.4f}",
-                f"{a.distance:.3f} ({a.expected_distance:.3f})",
-                f"{a.ratio:.0f}",
-                f"{b.ratio:.0f}",
+                seeds[0].step,
+                over_seeds((x.kl for x in seeds), ".3f"),
+                over_seeds((x.cosine for x in a), ".4f"),
+                f"{over_seeds((x.relative_norm for x in a), '.3f')} ({error:.3f})",
+                f"{over_seeds((x.distance for x in a), '.3f')} "
+                f"({statistics.fmean(x.expected_distance for x in a):.3f})",
+                over_seeds((x.ratio for x in a), ".0f"),
+                over_seeds((x.given_states[baseline].ratio for x in seeds), ".0f"),
                 "0",
             ]
         )
     return tables.markdown_table(header, rows)
 
 
-def states_table(lines: Sequence[Line]) -> str:
+def states_table(runs: Sequence[Sequence[Line]]) -> str:
     """One row for each step, of variances over states."""
     header = ["step", *(f"{form} / closed" for form in FORMS), "closed / \\|mean\\|^2"]
     rows = [
-        [x.step, *(f"{x.over_states[form]:.1f}" for form in FORMS), f"{x.closed_spread:.2f}"]
-        for x in lines
+        [
+            seeds[0].step,
+            *(over_seeds((x.over_states[form] for x in seeds), ".0f") for form in FORMS),
+            over_seeds((x.closed_spread for x in seeds), ".2f"),
+        ]
+        for seeds in zip(*runs, strict=True)
     ]
     return tables.markdown_table(header, rows)
+
+
+def over_seeds(values: Iterable[float], form: str) -> str:
+    """Mean and sample standard deviation; the mean alone where there is one value."""
+    found = tables.spread([*values])
+    assert found is not None, "there is a seed"
+    mean = f"{found.mean:{form}}"
+    return mean if math.isnan(found.std) else f"{mean} +- {found.std:{form}}"
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
@@ -403,9 +430,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, default=Path("configs/diffusion/tiny-sd3/flow-grpo.yaml"))
     add("--scale", type=float, default=0.02, help="size of the random adapters")
     add("--given", type=int, default=8, help="states that are held fixed, of each step")
-    add("--blocks", type=int, default=48, help="independent means of draws, for standard errors")
-    add("--draws", type=int, default=512, help="draws for each state in a block")
-    add("--states", type=int, default=96, help="states of each step for the variance over states")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="pairs of random adapters")
+    add("--blocks", type=int, default=12, help="independent means of draws, for standard errors")
+    add("--draws", type=int, default=128, help="draws for each state in a block")
+    add("--states", type=int, default=32, help="states of each step for the variance over states")
     add("--out", type=Path, default=tables.RESULTS, help="where the results go")
     add("overrides", nargs="*", help="a.b=value")
     return parser

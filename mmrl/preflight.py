@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from mmrl.types import TASK, Prompt
 from rewards.combine import RewardSpec
 
 # Largest |log ratio| of unchanged weights: zero in exact arithmetic.  In half precision two kernels
-# (with and without gradients) may round a log-probability of order 1 differently in the last bits.
+# (with and without gradients), or batches of other shapes (in rollout and replay), may round a
+# log-probability of order 1 differently in the last bits.
 REPLAY_BUDGET = {"no": 1e-6, "bf16": 1e-2, "fp16": 2e-3}
 
 CLIP_SHARE = 0.1
@@ -380,6 +382,31 @@ def clip_range(config: RunConfig) -> float | None:
     return min((bound for bound in bounds if bound), default=None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gaps:
+    """Largest |log-ratio| of unchanged weights: of each decision, or one for all of them.
+
+    ``rollout``: of a replay to what the rollout recorded, ``None`` where it recorded nothing.
+    ``replay``: to another replay, where ratios start from one; ``None`` where they start from the
+    rollout's own log-probabilities.
+    """
+
+    rollout: Sequence[float] | None = None
+    replay: Sequence[float] | None = None
+
+
+def refuse_gaps(gaps: Gaps, mixed_precision: str, clip: float | None = None) -> None:
+    """``UserError`` as of ``refuse_gap``; ``clip`` binds the gap to what ratios start from.
+
+    In half precision that is a replay, in the batches of the update: there the rollout, in batches
+    of its own, is rounded otherwise by more than a narrow clip range, which changes no ratio.
+    """
+    if gaps.rollout is not None:
+        refuse_gap(_largest(gaps.rollout), mixed_precision, clip if gaps.replay is None else None)
+    if gaps.replay is not None:
+        refuse_gap(_largest(gaps.replay), mixed_precision, clip)
+
+
 def refuse_gap(largest: float, mixed_precision: str, clip: float | None = None) -> None:
     """``UserError`` if replayed log-probabilities differ by more than the budget of the dtype.
 
@@ -393,17 +420,28 @@ def refuse_gap(largest: float, mixed_precision: str, clip: float | None = None) 
     if not largest <= budget:
         raise UserError(
             f"replaying a rollout at unchanged weights gives a log-ratio of {largest:.3g}, more "
-            f"than {budget:.0e}: the ratio would not start at 1, so the update would be wrong; "
+            f"than {budget:.0e}: the update would not start from the policy that sampled; "
             "use dtype fp32, or look for dropout or other randomness in the model"
         )
 
 
-def gap_line(gaps: Sequence[float]) -> str:
+def gap_line(gaps: Gaps) -> str:
     """What a person sees of the replay: the largest gap, of each decision where they differ."""
-    largest = f"replay of a rollout: largest |log-ratio| {max(gaps):.1e}"
-    if len(gaps) == 1 or max(gaps) == 0:
+    found = {"the rollout": gaps.rollout, "another replay": gaps.replay}
+    parts = [f"{_gap(gap)} to {other}" for other, gap in found.items() if gap is not None]
+    return f"replay of a rollout: largest |log-ratio| {'; '.join(parts)}"
+
+
+def _gap(gaps: Sequence[float]) -> str:
+    largest = f"{_largest(gaps):.1e}"
+    if len(gaps) == 1 or _largest(gaps) == 0:
         return largest
-    return f"{largest}; by decision: {' '.join(f'{gap:.0e}' for gap in gaps[:32])}"
+    return f"{largest} (by decision: {' '.join(f'{gap:.0e}' for gap in gaps[:32])})"
+
+
+def _largest(gaps: Sequence[float]) -> float:
+    """The largest, NaN if there is one: of ``max`` it would depend on its place."""
+    return next((gap for gap in gaps if math.isnan(gap)), max(gaps))
 
 
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:

@@ -13,7 +13,7 @@ from mmrl.backend import Backend
 from mmrl.config import RunConfig
 from mmrl.distributed import gather_items
 from mmrl.needs import needs_of
-from mmrl.preflight import clip_range, refuse_gap
+from mmrl.preflight import Gaps, clip_range, refuse_gaps
 from mmrl.types import Advantages, Anchor, PolicyTerms, RolloutGroup, Tempering, UpdateBatch
 from mmrl.windows import MicroBatch, Sample, Window
 
@@ -73,34 +73,46 @@ class Replay:
                 for rows in window.micro_batches
             ]
 
-    def gaps(self, windows: Sequence[Window]) -> torch.Tensor:
+    def gaps(self, windows: Sequence[Window]) -> Gaps:
         """The largest change of each decision's log-probability when it is asked for again.
 
-        One number for all where samples differ in their decisions.  ``UserError`` if it is too
-        large to train.  Of stale samples, which other weights drew, nothing is expected.
+        Against the rollout wherever it recorded them, and against another replay where ratios do
+        not start from the rollout's.  One number for all where samples differ in their decisions.
+        ``UserError`` if it is too large to train.  Of stale samples, which other weights drew,
+        nothing is expected.
         """
         decisions = self.config.backend.config.num_decisions  # type: ignore[attr-defined]
-        gaps = torch.zeros(decisions or 1, dtype=torch.float64)
+        unmeasured = torch.full((decisions or 1,), -torch.inf, dtype=torch.float64)
+        gaps = {"rollout": unmeasured.clone(), "replay": unmeasured.clone()}
         needs = frozenset({"logp"})
         with self.backend.behaviour():
             for rows in (rows for window in windows for rows in window.micro_batches):
-                batch = self.collate(rows)
-                if all(self.trusts(sample.group) for sample in rows.samples):
-                    known = _of_rollout(rows).to(self.accelerator.device)
-                else:
+                batch, known = self.collate(rows), {}
+                if all(sample.group.logp_old is not None for sample in rows.samples):
+                    known["rollout"] = _of_rollout(rows).to(self.accelerator.device)
+                if not all(self.trusts(sample.group) for sample in rows.samples):
                     with torch.no_grad():
-                        known = self.backend.evaluate(batch, needs).logp
+                        known["replay"] = self.backend.evaluate(batch, needs).logp
                 replayed = self.backend.evaluate(batch, needs).logp.detach()
-                fresh = torch.tensor([not s.group.age for s in rows.samples])[:, None]
-                looked_at = batch.mask & fresh.to(batch.mask.device)
-                gap = (replayed - known).double().masked_fill(~looked_at, 0.0).abs()
-                gap = gap.amax() if decisions is None else gap.amax(0)
-                # Every maximum here keeps a NaN.
-                gaps[rows.decisions] = torch.maximum(gaps[rows.decisions], gap.cpu())
-        found = torch.stack(gather_items(self.accelerator, [gaps])).amax(0)
+                fresh = torch.tensor([not s.group.age for s in rows.samples])
+                if not fresh.any():
+                    continue
+                looked_at = batch.mask & fresh[:, None].to(batch.mask.device)
+                for other, logp in known.items():
+                    gap = (replayed - logp).double().masked_fill(~looked_at, 0.0).abs()
+                    gap = gap.amax() if decisions is None else gap.amax(0)
+                    # Every maximum here keeps a NaN.
+                    so_far = gaps[other][rows.decisions]
+                    gaps[other][rows.decisions] = torch.maximum(so_far, gap.cpu())
+        everywhere = gather_items(self.accelerator, [torch.stack([*gaps.values()])])
+        largest = torch.stack(everywhere).amax(0)
+        measured = {
+            other: None if bool((gap == -torch.inf).all()) else gap.tolist()
+            for other, gap in zip(gaps, largest, strict=True)
+        }
+        found = Gaps(**measured)
         precision = self.config.backend.config.mixed_precision  # type: ignore[attr-defined]
-        clip = clip_range(self.config) if self.off_policy else None
-        refuse_gap(float(found.max()), precision, clip)
+        refuse_gaps(found, precision, clip_range(self.config) if self.off_policy else None)
         return found
 
     def anchors(

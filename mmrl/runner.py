@@ -174,7 +174,7 @@ class Loop:
             checked = self.trainer.replay_gap is not None
             values = self.trainer.step()
             if not checked and self.trainer.replay_gap is not None:
-                self.display.note(preflight.gap_line(self.trainer.replay_gap.tolist()))
+                self.display.note(preflight.gap_line(self.trainer.replay_gap))
             done += 1
             self._log(done, values)
             self.display.step(done, values)

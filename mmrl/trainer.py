@@ -40,7 +40,7 @@ from mmrl.loss_parts import (
 from mmrl.metrics import Means
 from mmrl.modulation import modulated, taught
 from mmrl.needs import asks_survey
-from mmrl.preflight import micro_batch_shape
+from mmrl.preflight import Gaps, micro_batch_shape
 from mmrl.replay import Anchors, Replay
 from mmrl.rollouts import (
     Batch,
@@ -116,7 +116,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     observe: Callable[[Trainable, Advantages], None] | None = None
     unscored_in_a_row: int = 0
-    replay_gap: torch.Tensor | None = None
+    replay_gap: Gaps | None = None
     stale: Stale | None = None
 
     @property

@@ -29,7 +29,8 @@ def name(path: Path) -> str:
 
 
 def test_nothing_is_missing():
-    methods = ("flow-grpo", "flow-grpo-fast", "dance-grpo", "grpo-guard", "nft")
+    fast = ("flow-grpo-fast", "flow-grpo-fast-v1")
+    methods = ("flow-grpo", *fast, "dance-grpo", "grpo-guard", "nft")
     assert {name(path) for path in RUNS} >= {
         "quickstart.yaml",
         "diffusion/sd35/awm-ocr.yaml",

@@ -125,6 +125,20 @@ regularisers: []
 """,
         SD35_FLOW_GRPO,
     ),
+    # config/grpo.py: pickscore_sd3_fast.
+    "sd35/flow-grpo-fast-v1-ocr": table(
+        """
+backend:
+  rollout: {guidance: 4.5, initial_noise: group}
+  likelihood:
+    kernel: flow_sde
+    noise_level: 0.8
+    steps: {select: window, size: 2, before: 7, start: null, noise: trained, shared_by: step}
+objective: {clip_low: 1.0e-5, clip_high: 1.0e-5}
+regularisers: []
+""",
+        SD35_FLOW_GRPO,
+    ),
     # arXiv:2510.22319, scripts/train_sd3_GRPO_Guard.py.
     "sd35/grpo-guard-ocr": table(GUARD.format(clip="2.0e-6"), SD35_FLOW_GRPO),
     # DiffusionNFT, arXiv:2509.16117, config/nft.py: sd3_ocr.
@@ -266,6 +280,7 @@ checkpoint: {every: 30}
 SIZES = {
     "sd35/flow-grpo-ocr": (1152, 9),
     "sd35/flow-grpo-fast-ocr": (1152, 3),
+    "sd35/flow-grpo-fast-v1-ocr": (1152, 2),
     "sd35/grpo-guard-ocr": (1152, 9),
     "sd35/nft-ocr": (1152, 9),
     "sd35/opd": (72, 9),
@@ -374,6 +389,11 @@ def test_windows_lie_in_the_first_half(name, last_start):
     candidates, size = trainable_steps(name), section(name).likelihood.steps.size
     assert candidates == list(range(section(name).rollout.num_steps // 2))
     assert candidates[-size] == last_start
+
+
+def test_branches_leave_the_shared_path_at_any_of_the_first_six_steps():
+    name = "sd35/flow-grpo-fast-v1-ocr"
+    assert trainable_steps(name)[: -section(name).likelihood.steps.size + 1] == list(range(6))
 
 
 def test_dance_grpo_trains_three_fifths_of_all_steps_but_the_last():

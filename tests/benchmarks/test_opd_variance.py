@@ -119,8 +119,8 @@ def test_the_closed_form_is_the_objective():
     options = Namespace(
         config=Path("configs/diffusion/tiny-sd3/flow-grpo.yaml"), overrides=SMALL, scale=0.02
     )
-    backend, prompts = opd_variance.open_policies(options)
-    batch = opd_variance.roll_out(backend, prompts, 2)[1]
+    backend, prompts = opd_variance.open_policies(options, 0)
+    batch = opd_variance.roll_out(backend, prompts, 2, 0)[1]
     ours = opd_variance.gradient(backend, closed_form(opd_variance.means_of(backend, batch)).mean())
     update = UpdateBatch(
         payload=batch,
@@ -137,17 +137,25 @@ def test_the_closed_form_is_the_objective():
 
 def test_the_whole_benchmark(tmp_path, capsys):
     options = ["--given", "2", "--blocks", "3", "--draws", "64", "--states", "3"]
+    options += ["--seeds", "0", "1"]
     assert opd_variance.main([*options, "--out", str(tmp_path), *SMALL]) == 0
     (written,) = tmp_path.glob("*opd-variance*.json")
-    lines = json.loads(written.read_text())["lines"]
-    assert [line["step"] for line in lines] == ["0", "1", "all"]
-    for line in lines:
+    seeds = json.loads(written.read_text())["seeds"]
+    assert list(seeds) == ["0", "1"]
+    for lines in seeds.values():
+        assert [line["step"] for line in lines] == ["0", "1", "all"]
+    for line in (line for lines in seeds.values() for line in lines):
         assert line["kl"] > 0
         assert line["given_states"]["PPO"]["ratio"] > 1
         assert line["over_states"]["PPO"] > 1
-    assert "do the two agree" in capsys.readouterr().out
+    first, other = (lines[-1]["given_states"]["PPO"]["ratio"] for lines in seeds.values())
+    assert first != other, "other adapters, states and noise"
+    report = capsys.readouterr().out
+    assert "do the two agree" in report
+    mean, std = (first + other) / 2, abs(first - other) / math.sqrt(2)
+    assert f"| {mean:.0f} +- {std:.0f} |" in report
 
 
 def test_too_many_states():
     with pytest.raises(SystemExit, match="5 states of each step, but only 1 prompts"):
-        opd_variance.roll_out(None, [None], 5)
+        opd_variance.roll_out(None, [None], 5, 0)  # type: ignore[arg-type]
