@@ -398,13 +398,17 @@ class Gaps:
 def refuse_gaps(gaps: Gaps, mixed_precision: str, clip: float | None = None) -> None:
     """``UserError`` as of ``refuse_gap``; ``clip`` binds the gap to what ratios start from.
 
-    In half precision that is a replay, in the batches of the update: there the rollout, in batches
-    of its own, is rounded otherwise by more than a narrow clip range, which changes no ratio.
+    In half precision that is a replay, in the batches of the update.  How far the rollout, with a
+    cache and in batches of its own, is rounded otherwise depends on the model and changes no ratio,
+    so it is only printed, unless it is no number.
     """
-    if gaps.rollout is not None:
-        refuse_gap(_largest(gaps.rollout), mixed_precision, clip if gaps.replay is None else None)
-    if gaps.replay is not None:
-        refuse_gap(_largest(gaps.replay), mixed_precision, clip)
+    if gaps.replay is None:
+        refuse_gap(_largest(gaps.rollout or [0.0]), mixed_precision, clip)
+        return
+    refuse_gap(_largest(gaps.replay), mixed_precision, clip)
+    other = 0.0 if gaps.rollout is None else _largest(gaps.rollout)
+    if mixed_precision == "no" or math.isnan(other):
+        refuse_gap(other, mixed_precision)
 
 
 def refuse_gap(largest: float, mixed_precision: str, clip: float | None = None) -> None:
