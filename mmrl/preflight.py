@@ -12,6 +12,7 @@ from mmrl.divergences import ESTIMATORS
 from mmrl.errors import UserError
 from mmrl.needs import asked_before_updates, asked_of_updates, asks_survey
 from mmrl.prompts.dataset import load_prompts
+from mmrl.reduction import OVER_SAMPLES
 from mmrl.resolve import backend_module
 from mmrl.schema import nearest
 from mmrl.types import TASK, Prompt
@@ -35,6 +36,12 @@ def refuse_unless_consistent(config: RunConfig) -> None:
         raise UserError(
             f"training.horizon: {training.horizon} with training.aggregation "
             f"{training.aggregation!r}; set it with sample_sum_over_horizon, and only then"
+        )
+    if training.count_empty and training.aggregation not in OVER_SAMPLES:
+        raise UserError(
+            f"training.count_empty: true with training.aggregation {training.aggregation!r}, "
+            "which is no mean over samples; allowed with it: false, or one of "
+            + ", ".join(OVER_SAMPLES)
         )
     refuse_split_samples(config)
     refuse_unreached_lengths(config)

@@ -49,7 +49,7 @@ def gradient_of(trainer):
     return (state["exp_avg"].double() * 10).tolist()
 
 
-def oracle(rolled, advantages, aggregation, share):
+def oracle(rolled, advantages, aggregation, share, *, count_empty=False):
     """d loss / d mean at mean 0 by loops over the decisions that D3S keeps."""
     rows, position = [], 0
     for group in rolled.groups:
@@ -64,6 +64,7 @@ def oracle(rolled, advantages, aggregation, share):
     for x, a, count in rows:
         kept = [k for k in range(3) if abs(a) * (abs(x[k]) + 0.1) >= threshold]
         if not kept:
+            total += count * count_empty
             continue
         total += count * (len(kept) if aggregation == "decision_mean" else 1)
         each = 1 / len(kept) if aggregation == "sample_mean_of_means" else 1
@@ -91,6 +92,18 @@ def test_a_step_is_that_of_the_loop(tmp_path, aggregation, options, share):
             total = 3 * int(advantages.keep.sum())
             found = values["selection/decisions"]
             assert found == pytest.approx(math.ceil(share * total) / total)
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1000])
+@pytest.mark.parametrize("aggregation", ["sample_mean_of_means", "sample_mean_of_sums"])
+def test_samples_without_a_trained_decision_count_on_request(tmp_path, aggregation, micro):
+    options = (*D3S, f"training.aggregation={aggregation}", f"training.micro_batch_size={micro}")
+    trainer, (rolled, advantages), _ = first_step(tmp_path, *options, "training.count_empty=true")
+    found = gradient_of(trainer)
+    expected = oracle(rolled, advantages, aggregation, 0.3, count_empty=True)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    without = oracle(rolled, advantages, aggregation, 0.3)
+    assert max(map(abs, without)) > 1.1 * max(map(abs, expected)), "some samples lost all of theirs"
 
 
 def test_a_sample_drawn_twice_is_a_sample_that_stands_there_twice(tmp_path):
