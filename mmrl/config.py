@@ -207,7 +207,9 @@ class RunConfig(StrictModel):
     )
     backend: PartField
     prompts: PromptsConfig
-    rewards: list[RewardField] = Field(min_length=1)
+    rewards: list[RewardField] = Field(
+        default=[], description="at least one, unless completions come from the data set"
+    )
     kl_in_reward: KlInReward | None = Field(
         default=None, description="divergence from the reference taken off the reward; null: none"
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import facts
+from mmrl import demonstrations, facts
 from mmrl.config import Part, RunConfig
 from mmrl.divergences import ESTIMATORS
 from mmrl.errors import UserError
@@ -28,6 +28,7 @@ CLIP_SHARE = 0.1
 
 def refuse_unless_consistent(config: RunConfig) -> None:
     """``UserError`` for combinations of valid options that cannot work together."""
+    demonstrations.refuse_misused(config)
     refuse_missing_terms(config)
     training = config.training
     refuse_small_groups(config)
@@ -411,7 +412,8 @@ def gap_line(gaps: Sequence[float]) -> str:
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts, checked against what the run asks of them."""
     keys, template = config.prompts.keys, config.prompts.template
-    training = load_prompts(config.prompts.source, "prompts.source", keys, template)
+    required = demonstrations.keys_of(config)
+    training = load_prompts(config.prompts.source, "prompts.source", required, template)
     size = config.training
     count = size.prompts_per_step * (1 + size.refills)
     if count > len(training):
@@ -494,7 +496,7 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
         ("optimizer steps", f"{size.num_steps * updates} = {size.num_steps} steps x {updates}"),
         ("samples in all", str(samples * size.num_steps)),
         ("evaluation", f"{judged} samples every {config.evaluation.every} steps"),
-        ("rewards", rewards),
+        ("rewards", rewards or "none"),
         ("objective", _pipeline(config)),
         *(_key_value(line) for line in backend.describe(config.backend.config)),
         *((f"memory: {name}", human_bytes(value)) for name, value in memory.items()),
