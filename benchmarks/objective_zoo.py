@@ -132,6 +132,7 @@ METHODS: dict[str, Method] = {
     "dcpo": _modulator("dcpo"),
     "d3s": _selection("d3s", scope="step", samples_start=0.25, samples_end=1.0,
                       decisions_start=0.2, decisions_end=1.0),
+    "entropy_quantile": _selection("entropy_quantile", share=0.2),
     "pf_ppo": _selection("pf_ppo", strategy="br", mode="draw"),
     "knapsack": Method(kind="budget", sections={"prompts.budget": {"name": "knapsack"}}),
     "refills": Method(kind="budget", sections={"training.refills": 2}),

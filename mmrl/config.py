@@ -126,6 +126,11 @@ class TrainingConfig(StrictModel):
     horizon: int | None = Field(
         default=None, ge=1, description="divisor of aggregation sample_sum_over_horizon"
     )
+    count_empty: bool = Field(
+        default=False,
+        description="a mean over samples also counts, as 0, those of which no decision is trained "
+        "(drop_overlong, selection of decisions); false leaves them out",
+    )
     refills: int = Field(
         default=0,
         ge=0,
@@ -202,7 +207,9 @@ class RunConfig(StrictModel):
     )
     backend: PartField
     prompts: PromptsConfig
-    rewards: list[RewardField] = Field(min_length=1)
+    rewards: list[RewardField] = Field(
+        default=[], description="at least one, unless completions come from the data set"
+    )
     kl_in_reward: KlInReward | None = Field(
         default=None, description="divergence from the reference taken off the reward; null: none"
     )

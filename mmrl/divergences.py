@@ -26,7 +26,8 @@ from mmrl.types import PolicyTerms, UpdateBatch
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 nats before ``exp``, so that no ratio overflows float32.
 
-The gradient is zero beyond.  Published systems use the same bound; healthy ratios are far inside.
+The gradient is zero beyond.  A fixed convention and no option: verl has the same bound, others have
+none, and healthy ratios are so far inside that no result depends on it.
 """
 
 

@@ -12,7 +12,8 @@ whose ``needs_whole_samples(config)`` is true all decisions of a sample in one m
 
 A part with ``TAKES_STALE = True`` may be given the samples of earlier policies that
 ``training.stale`` keeps: an objective weighs them by their ratio, a regulariser reads a closed form
-or weighs its estimate.
+or weighs its estimate.  One with ``TAKES_DEMONSTRATIONS = True`` is right about completions that no
+policy sampled; see ``mmrl.demonstrations``.
 
 ``signals`` and ``couple`` see all processes and answer the same on each; ``loss`` finds both in
 ``batch.signals``.  A loss that couples samples is written with the numbers of ``couple`` as

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import facts
+from mmrl import demonstrations, facts
 from mmrl.config import Part, RunConfig
 from mmrl.divergences import ESTIMATORS
 from mmrl.errors import UserError
 from mmrl.needs import asked_before_updates, asked_of_updates, asks_survey
 from mmrl.prompts.dataset import load_prompts
+from mmrl.reduction import OVER_SAMPLES
 from mmrl.resolve import backend_module
 from mmrl.schema import nearest
 from mmrl.types import TASK, Prompt
@@ -29,6 +30,7 @@ CLIP_SHARE = 0.1
 
 def refuse_unless_consistent(config: RunConfig) -> None:
     """``UserError`` for combinations of valid options that cannot work together."""
+    demonstrations.refuse_misused(config)
     refuse_missing_terms(config)
     training = config.training
     refuse_small_groups(config)
@@ -37,6 +39,12 @@ def refuse_unless_consistent(config: RunConfig) -> None:
         raise UserError(
             f"training.horizon: {training.horizon} with training.aggregation "
             f"{training.aggregation!r}; set it with sample_sum_over_horizon, and only then"
+        )
+    if training.count_empty and training.aggregation not in OVER_SAMPLES:
+        raise UserError(
+            f"training.count_empty: true with training.aggregation {training.aggregation!r}, "
+            "which is no mean over samples; allowed with it: false, or one of "
+            + ", ".join(OVER_SAMPLES)
         )
     refuse_split_samples(config)
     refuse_unreached_lengths(config)
@@ -451,7 +459,8 @@ def _largest(gaps: Sequence[float]) -> float:
 def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts, checked against what the run asks of them."""
     keys, template = config.prompts.keys, config.prompts.template
-    training = load_prompts(config.prompts.source, "prompts.source", keys, template)
+    required = demonstrations.keys_of(config)
+    training = load_prompts(config.prompts.source, "prompts.source", required, template)
     size = config.training
     count = size.prompts_per_step * (1 + size.refills)
     if count > len(training):
@@ -534,7 +543,7 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
         ("optimizer steps", f"{size.num_steps * updates} = {size.num_steps} steps x {updates}"),
         ("samples in all", str(samples * size.num_steps)),
         ("evaluation", f"{judged} samples every {config.evaluation.every} steps"),
-        ("rewards", rewards),
+        ("rewards", rewards or "none"),
         ("objective", _pipeline(config)),
         *(_key_value(line) for line in backend.describe(config.backend.config)),
         *((f"memory: {name}", human_bytes(value)) for name, value in memory.items()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -66,13 +67,15 @@ class Bar:
 
     def step(self, done: int, values: Mapping[str, float]) -> None:
         """Advance the bar to ``done``."""
-        reward = f"reward {values['reward']:.3f}"
-        if values["invalid_samples"]:
-            reward += f"  invalid {values['invalid_samples']:.0f}"
-        self._progress.update(self._task, completed=done, status=reward)
+        # Without a reward, as on demonstrations, what is minimised says how it goes.
+        name = "reward" if "reward" in values else "loss"
+        status = f"{name} {values.get(name, math.nan):.3f}"
+        if values.get("invalid_samples"):
+            status += f"  invalid {values['invalid_samples']:.0f}"
+        self._progress.update(self._task, completed=done, status=status)
         if not self._progress.console.is_terminal and done % self._plain_every == 0:
             seconds = values["step_time"]
-            self._progress.console.print(f"step {done}  {reward}  {seconds:.2f} s", highlight=False)
+            self._progress.console.print(f"step {done}  {status}  {seconds:.2f} s", highlight=False)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line with every evaluation metric."""

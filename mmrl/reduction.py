@@ -37,6 +37,8 @@ at all.  ``sample_mean_of_means``: mean over its decisions, then over samples (G
 sum over its decisions divided by a constant, mean over samples (Dr. GRPO, arXiv:2503.20783).
 """
 
+OVER_SAMPLES = tuple(how for how in get_args(Aggregation) if how.startswith("sample_"))
+"""Aggregations that are means over samples, where one without decisions counts or does not."""
 
 EXTREMES = {"/min": Least, "/max": Greatest}
 """How the name of a metric ends that is not a mean."""
@@ -73,8 +75,8 @@ def denominator(
         mask: [B, K] bool, decisions that exist.
         weights: [B], weight of each sample, 0 for padding.
         aggregation: how decisions become one number.
-        count_empty: whether a sample without any decision counts in a mean over samples.
-            Systems differ here; it never matters to ``decision_mean`` and ``decision_sum``.
+        count_empty: whether a sample without any decision counts in a mean over samples
+            (``OVER_SAMPLES``).  Systems differ here: ``training.count_empty``.
 
     Raises:
         UserError: unknown ``aggregation``.

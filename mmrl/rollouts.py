@@ -157,7 +157,7 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
     ``rewards/NAME/scored``: of the samples that the reward was asked about, the share it gave a
     number; absent where it was asked about none.
     """
-    values = {"reward": _mean(scores.combined[scores.valid])}
+    values = {"reward": _mean(scores.combined[scores.valid])} if scores.by_name else {}
     for name, raw in scores.by_name.items():
         finite = raw[torch.isfinite(raw)]
         values[f"rewards/{name}/mean"] = _mean(finite)
@@ -169,7 +169,8 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
         if failed:
             values[f"rewards/{name}/failed"] = float(failed)
     values["time/reward_calls"] = sum(group.seconds for group in collected)
-    values["invalid_samples"] = float((~scores.valid).sum())
+    if scores.by_name:
+        values["invalid_samples"] = float((~scores.valid).sum())
     values["num_samples"] = float(len(scores.combined))
     return values
 

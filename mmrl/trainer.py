@@ -455,7 +455,12 @@ class Trainer:
         training, local = self.config.training, 0.0
         for rows in window.micro_batches:
             if rows.decisions.start == 0:  # a sample counts once, however often it is met
-                local += reduction.denominator(rows.whole_mask, rows.weights, training.aggregation)
+                local += reduction.denominator(
+                    rows.whole_mask,
+                    rows.weights,
+                    training.aggregation,
+                    count_empty=training.count_empty,
+                )
         return reduction.step_denominator(sum_over_processes(self.accelerator, [local])[0])
 
     @contextlib.contextmanager

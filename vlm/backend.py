@@ -15,6 +15,7 @@ from torch import Tensor
 from mmrl.errors import UserError
 from mmrl.resolve import resolve
 from mmrl.text.backend import TextBackend, autocast, room_for_prompts
+from mmrl.text.demonstrations import encode_demonstrations
 from mmrl.text.kernels import Heads, choose
 from mmrl.text.loading import known, load_network
 from mmrl.text.scoring import refuse_wrong_scores
@@ -83,6 +84,9 @@ def build(
         keeps_reference="logp_ref" in needs,
         attention=attention,
         saved=processor,
+        demonstrations=encode_demonstrations(
+            processor.tokenizer, prompts, config.rollout, family.forbidden()
+        ),
         family=family,
     )
 

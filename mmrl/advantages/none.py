@@ -16,6 +16,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = ""
 MIN_GROUP_SIZE = 1
+TAKES_DEMONSTRATIONS = True
 
 
 class Config(StrictModel):

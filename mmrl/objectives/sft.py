@@ -1,9 +1,10 @@
-"""Maximum likelihood: minus the log-probability of the samples that were kept.
+"""Maximum likelihood: minus the log-probability of demonstrations, or of samples that were kept.
 
     loss = -logp
 
-Supervised fine-tuning on what the policy itself sampled; with only the good samples kept it is the
-training step of RAFT (Dong et al. 2023, arXiv:2304.06767).  The size and the sign of an advantage
+Supervised fine-tuning: on completions of the data set (``backend.rollout.demonstrations``), or on
+what the policy itself sampled; with only the good samples kept that is the training step of RAFT
+(Dong et al. 2023, arXiv:2304.06767).  The size and the sign of an advantage
 count for nothing: what should not be learned must not be kept.
 """
 
@@ -16,6 +17,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 PAPER = "Dong et al. 2023, arXiv:2304.06767"
 EVIDENCE = "paper"
 IGNORES_SIGN = True
+TAKES_DEMONSTRATIONS = True
 
 
 class Config(StrictModel):

@@ -24,6 +24,7 @@ from mmrl.types import LossTerms, PolicyTerms, UpdateBatch
 PAPER = "Mnih et al. 2016, arXiv:1602.01783"
 EVIDENCE = "paper"
 TAKES_STALE = True
+TAKES_DEMONSTRATIONS = True
 
 
 class Config(StrictModel):

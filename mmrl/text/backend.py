@@ -23,6 +23,7 @@ from mmrl.noise import NoiseKey
 from mmrl.reduction import side_by_side, tallies
 from mmrl.sharding import any_goes_on, gathered
 from mmrl.text.config import Config, RolloutConfig
+from mmrl.text.demonstrations import Demonstrations, encode_demonstrations
 from mmrl.text.estimate import describe, estimate_memory
 from mmrl.text.generation import Completion, Settings, generate, statistics
 from mmrl.text.head import Scored
@@ -81,10 +82,12 @@ class TextBackend:
         attention: Availability,
         saved: Any = None,
         forbidden: tuple[int, ...] = (),
+        demonstrations: Demonstrations | None = None,
     ) -> None:
         """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``.  ``attention``: what
         ``mmrl.text.kernels.choose`` says.  ``saved``: what goes with the exported weights in place
-        of the tokenizer.  ``forbidden``: ids never sampled.
+        of the tokenizer.  ``forbidden``: ids never sampled.  ``demonstrations``: completions of
+        training prompts, in place of samples.
         """
         self.config = config
         self.attention = attention
@@ -95,6 +98,7 @@ class TextBackend:
         self._saved = tokenizer if saved is None else saved
         self._forbidden = forbidden
         self._prompts = prompts
+        self._demonstrations = demonstrations or {}
         self._ends = end_tokens(tokenizer, network)
         self._keeps_reference = keeps_reference and config.model.lora is None
         self._reference: Snapshot | None = None
@@ -105,8 +109,16 @@ class TextBackend:
     def rollout(
         self, requests: Sequence[RolloutRequest], *, evaluation: bool = False
     ) -> Iterator[RolloutGroup]:
-        """Yield one group for each request, in order; groups grow side by side in batches."""
+        """Yield one group for each request, in order; groups grow side by side in batches.
+
+        In training, demonstrations stand in their place where the data set has them.
+        """
         self._take_copies()
+        if self.config.demonstrations is not None and not evaluation:
+            for request in requests:
+                shown = self._demonstrations[request.prompt.id]
+                yield self._group(request, (shown,) * request.group_size)
+            return
         settings = self.config.sampling(evaluation=evaluation)
         # Completions end after unlike numbers of forwards.
         with gathered(self.model):
@@ -357,7 +369,8 @@ def build(
     """Load tokenizer and network, encode all ``prompts``.
 
     ``needs``: terms that ``evaluate`` will be asked for.  ``seed`` starts the adapter.
-    ``UserError`` for a model or a chat template that is missing, a prompt that is too long, an
+    ``UserError`` for a model or a chat template that is missing, a prompt or a demonstration that
+    is too long, an
     attention kernel that does not run on ``device``, or a network that is scored otherwise than it
     samples.
     """
@@ -374,6 +387,7 @@ def build(
         encoded,
         keeps_reference="logp_ref" in needs,
         attention=attention,
+        demonstrations=encode_demonstrations(tokenizer, prompts, config.rollout),
     )
 
 
@@ -404,6 +418,8 @@ def _notes(config: Config, attention: Availability) -> tuple[str, ...]:
         f"update: {config.update}",
         f"attention: {attention.name} ({attention.reason})",
     ]
+    if config.demonstrations is not None:
+        notes.append(f"trained on demonstrations: the column {config.demonstrations!r}")
     if config.rollout.truncates:
         notes.append(
             f"rollout.top_k = {config.rollout.top_k}, top_p = {config.rollout.top_p}: samples come "

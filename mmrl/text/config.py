@@ -87,6 +87,12 @@ class RolloutConfig(StrictModel):
         description="Do not train on completions that reach max_tokens before they end (overlong "
         "filter); rewards and advantages count them all the same.",
     )
+    demonstrations: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column of the training prompts with the completion to train on, in place of "
+        "samples (objective sft); held-out prompts are sampled. null: none.",
+    )
     batch_size: int = Field(
         default=64,
         ge=1,
@@ -139,12 +145,33 @@ class Config(StrictModel):
                 "rollout.temperature = 0 gives every sample of a group the same text; it is for "
                 "evaluation.temperature"
             )
+        self._refuse_unsampled()
         if self.update == "padded" and self.model.attention not in ("auto", "sdpa"):
             raise UserError(
                 f"model.attention = {self.model.attention!r} needs rows without padding; with "
                 "update = 'padded' allowed: auto, sdpa"
             )
         return self
+
+    def _refuse_unsampled(self) -> None:
+        """``UserError`` for ways of sampling where demonstrations leave nothing to sample."""
+        rollout = self.rollout
+        if rollout.demonstrations is None:
+            return
+        for key, neutral in (("temperature", 1.0), ("top_k", None), ("top_p", 1.0),
+                             ("drop_overlong", False)):  # fmt: skip
+            value = getattr(rollout, key)
+            if value != neutral:
+                raise UserError(
+                    f"rollout.{key} = {value} is for samples, and with rollout.demonstrations = "
+                    f"{rollout.demonstrations!r} none are trained on; allowed: {neutral} "
+                    "(held-out prompts: backend.evaluation)"
+                )
+
+    @property
+    def demonstrations(self) -> str | None:
+        """Column with completions that stand in place of samples; see ``mmrl.demonstrations``."""
+        return self.rollout.demonstrations
 
     @property
     def image_column(self) -> str | None:

@@ -62,11 +62,14 @@ def describe(config: Config, parts: Parts = TEXT) -> list[str]:
     network, total, trained = outline(config, parts)
     model, lora, rollout = config.model, config.model.lora, config.rollout
     how = "all parameters" if trained == total else "the others are frozen"
+    drawn = f"at most {rollout.max_tokens} tokens, temperature {rollout.temperature:g}"
+    if rollout.demonstrations is not None:
+        drawn = f"demonstrations of at most {rollout.max_tokens} tokens, {rollout.demonstrations!r}"
     how = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora else how
     return [
         f"model: {type(network).__name__} at {model.path}, {total:,} parameters, {model.dtype}",
         f"trained: {trained:,} parameters ({how})",
-        f"rollout: at most {rollout.max_tokens} tokens, temperature {rollout.temperature:g}",
+        f"rollout: {drawn}",
         f"update: {config.update}",
         describe_attention(
             model.attention, lambda device: choose(config, Heads.of(network), device)

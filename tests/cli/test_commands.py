@@ -210,6 +210,7 @@ def test_list_names_summary_and_paper():
         ("objectives", "nft", "implicit_negative, implicit_positive (diffusion)"),
         ("modulators", "adora", "length, truncated"),
         ("selection", "d3s", "entropy (text, vlm)"),
+        ("selection", "entropy_quantile", "entropy (text, vlm)"),
         ("regularisers", "orpo_occupancy", "logp_ref"),
         ("rewards", "ocr", ""),
     ],

@@ -50,7 +50,7 @@ def test_shipped_parts_are_found():
     assert {("samplers", "uniform"), ("samplers", "round_robin")} <= set(PARTS)
     assert ("samplers", "budgets") not in PARTS
     assert ("budgets", "knapsack") in PARTS
-    assert {("selection", "d3s"), ("selection", "pf_ppo")} <= set(PARTS)
+    assert {("selection", n) for n in ("d3s", "entropy_quantile", "pf_ppo")} <= set(PARTS)
 
 
 @parts(*FUNCTIONS)
@@ -233,7 +233,9 @@ def test_selections(kind, name, step):
     moment = Moment(step=step, num_steps=4, seed=0)
     out = module.select(given, scores, moment, module.Config())
     assert not (out.keep & ~given.keep).any()
-    assert 0 < out.keep.sum() < given.keep.sum()
+    left, share = int(out.keep.sum()), getattr(module, "decision_share", lambda *_: 1.0)
+    assert 0 < left <= int(given.keep.sum())
+    assert left < int(given.keep.sum()) or share(moment, module.Config()) < 1, "it leaves some out"
     assert torch.equal(out.values, values.where(out.keep, 0.0))
     assert out.metrics["reward_std"] == 1.0
     assert out.metrics["selection/samples"] == int(out.keep.sum()) / int(given.keep.sum())

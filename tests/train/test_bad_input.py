@@ -43,6 +43,10 @@ MISTAKES = [
     ("optimizer.schedule=cosin", ["optimizer.schedule", "'cosine'", "cosin"]),
     ("training.aggregation=mean", ["training.aggregation", "decision_mean"]),
     ("training.aggregation=sample_sum_over_horizon", ["training.horizon"]),
+    (
+        "training.count_empty=true",
+        ["training.count_empty", "'decision_mean'", "sample_mean_of_means"],
+    ),
     ("training.group_size=1", ["training.group_size", "'group'", "2 or more"]),
     ("training.prompts_per_step=7", ["training.prompts_per_step", "6 prompts"]),
     ("training.updates_per_epoch=21", ["training.updates_per_epoch", "20 samples"]),

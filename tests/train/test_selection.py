@@ -22,6 +22,7 @@ BOTH = (
     TERMS,
     "selection=[{name: pf_ppo, mode: draw}, {name: d3s, samples_start: 0.8, decisions_start: 0.5}]",
 )
+QUANTILE = (TERMS, "selection=[{name: entropy_quantile, share: 0.3}]")
 RAGGED = "prompts.budget.name=toy.budgets"
 PLAIN = ("training.num_steps=1", "regularisers=[]", "optimizer.max_grad_norm=1e9", RAGGED)
 ONE_STEP = ("decision_mean", "sample_mean_of_means", "sample_mean_of_sums")
@@ -49,8 +50,9 @@ def gradient_of(trainer):
     return (state["exp_avg"].double() * 10).tolist()
 
 
-def oracle(rolled, advantages, aggregation, share):
-    """d loss / d mean at mean 0 by loops over the decisions that D3S keeps."""
+def oracle(rolled, advantages, aggregation, share, *, count_empty=False, by_entropy=False):
+    """d loss / d mean at mean 0 by loops over the decisions that D3S keeps; ``by_entropy``: those
+    that the entropy quantile does."""
     rows, position = [], 0
     for group in rolled.groups:
         for x in group.payload.tolist():
@@ -58,12 +60,17 @@ def oracle(rolled, advantages, aggregation, share):
             if advantages.keep[position]:
                 rows.append((x, float(advantages.values[position]), count))
             position += 1
-    keys = sorted((abs(a) * (abs(v) + 0.1) for x, a, _ in rows for v in x), reverse=True)
+
+    def key(v, a):
+        return (abs(v) + 0.1) * (1.0 if by_entropy else abs(a))
+
+    keys = sorted((key(v, a) for x, a, _ in rows for v in x), reverse=True)
     threshold = keys[max(1, math.ceil(share * len(keys))) - 1] * (1 - 1e-6)
     gradient, total = [0.0] * 3, 0.0
     for x, a, count in rows:
-        kept = [k for k in range(3) if abs(a) * (abs(x[k]) + 0.1) >= threshold]
+        kept = [k for k in range(3) if key(x[k], a) >= threshold]
         if not kept:
+            total += count * count_empty
             continue
         total += count * (len(kept) if aggregation == "decision_mean" else 1)
         each = 1 / len(kept) if aggregation == "sample_mean_of_means" else 1
@@ -93,6 +100,30 @@ def test_a_step_is_that_of_the_loop(tmp_path, aggregation, options, share):
             assert found == pytest.approx(math.ceil(share * total) / total)
 
 
+@pytest.mark.parametrize("aggregation", ONE_STEP)
+@pytest.mark.parametrize("micro", [4, 2, 1000])
+def test_a_step_by_the_entropy_quantile_is_that_of_the_loop(tmp_path, aggregation, micro):
+    options = (f"training.aggregation={aggregation}", f"training.micro_batch_size={micro}")
+    trainer, (rolled, advantages), values = first_step(tmp_path, *QUANTILE, *options)
+    assert advantages.keep.all()
+    assert values["selection/samples"] == 1.0
+    assert values["selection/decisions"] == pytest.approx(18 / 60)
+    expected = oracle(rolled, advantages, aggregation, 0.3, by_entropy=True)
+    assert gradient_of(trainer) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1000])
+@pytest.mark.parametrize("aggregation", ["sample_mean_of_means", "sample_mean_of_sums"])
+def test_samples_without_a_trained_decision_count_on_request(tmp_path, aggregation, micro):
+    options = (*D3S, f"training.aggregation={aggregation}", f"training.micro_batch_size={micro}")
+    trainer, (rolled, advantages), _ = first_step(tmp_path, *options, "training.count_empty=true")
+    found = gradient_of(trainer)
+    expected = oracle(rolled, advantages, aggregation, 0.3, count_empty=True)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    without = oracle(rolled, advantages, aggregation, 0.3)
+    assert max(map(abs, without)) > 1.1 * max(map(abs, expected)), "some samples lost all of theirs"
+
+
 def test_a_sample_drawn_twice_is_a_sample_that_stands_there_twice(tmp_path):
     """Against the oracle of repeated rows, which knows no counts."""
     trainer, (rolled, advantages), _ = first_step(tmp_path, *PF_PPO)
@@ -109,6 +140,7 @@ def test_a_sample_drawn_twice_is_a_sample_that_stands_there_twice(tmp_path):
 NEUTRAL = (
     (TERMS, "selection=[{name: d3s, samples_start: 1, decisions_start: 1}]"),
     (TERMS, "selection=[{name: d3s, samples_start: 1, decisions_start: 1, scope: group}]"),
+    (TERMS, "selection=[{name: entropy_quantile, share: 1}]"),
 )
 
 
@@ -133,13 +165,16 @@ def test_a_ratio_of_a_sample_is_that_of_all_its_decisions(tmp_path):
     assert trainer.progress.updates == 2
 
 
-@pytest.mark.parametrize("options", [D3S, BOTH])
+@pytest.mark.parametrize("options", [D3S, BOTH, QUANTILE])
 def test_no_split_changes_a_run(toy, tmp_path, options):
+    moves = options != QUANTILE
     options = (*options, RAGGED, "training.updates_per_epoch=2", "training.num_epochs=2")
     reference = toy(*options, folder=made(tmp_path / "reference"))
     other = toy(*options, "training.micro_batch_size=1", folder=made(tmp_path / "other"))
     assert_same_trajectory(reference, other)
-    assert len(set(column(reference, "selection/decisions"))) > 1, "the schedule moves"
+    shares = column(reference, "selection/decisions")
+    assert max(shares) < 1
+    assert len(set(shares)) > 1 or not moves, "the schedule moves"
 
 
 def test_a_step_without_a_signal_is_skipped(tmp_path):
@@ -156,6 +191,12 @@ def test_a_step_without_a_signal_is_skipped(tmp_path):
     [
         (["selection=[d4s]"], ["selection[0].name", "did you mean 'd3s'"]),
         (["selection=[{name: d3s}]"], ["selection: 'd3s' needs entropy", "does not provide"]),
+        (
+            ["selection=[entropy_quantile]"],
+            ["selection: 'entropy_quantile' needs entropy", "does not provide"],
+        ),
+        (["selection=[entropy_quantil]"], ["did you mean 'entropy_quantile'"]),
+        (["selection=[{name: entropy_quantile, share: 0}]"], ["selection[0].share", "0"]),
         (["selection=[{name: d3s, samples_start: 0}]"], ["selection[0].samples_start", "0"]),
         (["selection=[{name: pf_ppo, strategy: pow}]"], ["selection[0]", "allowed: draw"]),
         (

@@ -56,6 +56,7 @@ TABLE = {
     ("modulators", "dcpo"): Row("steered", ("modulators", "1")),
     ("selection", "d3s"): Row("steered", CLOCK),
     ("selection", "pf_ppo"): Row("steered", CLOCK),
+    ("selection", "entropy_quantile"): Row("steered", CLOCK),
     ("objectives", "r2vpo"): Row("steered", ("losses", "objective")),
     ("objectives", "mdpo_mirror"): Row("mirrored", CLOCK),
     ("regularisers", "kl_target"): Row("steered", ("losses", "regularisers[0]")),
@@ -68,7 +69,8 @@ STEERED = (
     "objective={name: r2vpo, target: 0.01}",
     "advantage={name: riskpo, bundle_size: 2}",
     "modulators=[clip, {name: dcpo, target_entropy: 3.0, success_above: 0.5}]",
-    "selection=[{name: pf_ppo, mode: draw}, {name: d3s, samples_start: 0.8, decisions_start: 0.5}]",
+    "selection=[{name: pf_ppo, mode: draw}, {name: d3s, samples_start: 0.8, decisions_start: 0.5},"
+    " {name: entropy_quantile, share: 0.8}]",
     "regularisers=[{name: kl_target, coef: 0.1, estimator: k3, target: 0.1},"
     " {name: entropy_target, coef: 0.001, target: 4.0}]",
     "prompts.sampler={name: vas, refresh_every: 2, refresh_samples: 2, momentum: 0.5}",
