@@ -32,7 +32,7 @@ from torch.nn.functional import pad, softplus
 from mmrl.divergences import raw_log_ratio
 from mmrl.objectives._groups import coupled_by_group
 from mmrl.objectives._ratio import approx_kl
-from mmrl.reduction import coupled_loss, masked_mean, tallies
+from mmrl.reduction import coupled_loss, tallies
 from mmrl.schema import StrictModel
 from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, UpdateBatch
 
@@ -74,7 +74,10 @@ def survey(config: Config) -> frozenset[str]:
 
 
 def couple(survey: Survey, config: Config) -> Mapping[str, Tensor]:
-    """``value`` and ``slope`` [W]: the loss of each sample's group, and its part in it."""
+    """``value`` and ``slope`` [W]: the loss of each sample's group, and its part in it.
+
+    ``logit`` [W]: y s, which a micro-batch with a part of the sample could not tell.
+    """
     label = survey.signals["label"]
 
     def classes(logit: Tensor, rows: Tensor) -> Tensor:
@@ -86,7 +89,8 @@ def couple(survey: Survey, config: Config) -> Mapping[str, Tensor]:
             return softplus(torch.cat([right, wrong])).sum() / len(logit)
         return pad(right, (1, 0)).logsumexp(0) + pad(wrong, (1, 0)).logsumexp(0)
 
-    return coupled_by_group(survey, survey.length, classes)
+    logit = label * survey.log_ratio["old"] / survey.length
+    return {"logit": logit, **coupled_by_group(survey, survey.length, classes)}
 
 
 def needs(config: Config) -> frozenset[str]:
@@ -103,9 +107,8 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     decision.
     """
     del config
-    gaps = raw_log_ratio(terms, batch)
-    label, slope = (batch.signal(name).to(gaps.dtype) for name in ("label", "slope"))
-    metrics = {"real/right": label > 0, "real/logit": label * masked_mean(gaps, batch.mask)}
-    metrics |= {"real/weight": slope.abs(), "approx_kl": approx_kl(terms, batch)}
+    label, logit, slope = (batch.signal(name) for name in ("label", "logit", "slope"))
+    metrics = {"real/right": label > 0, "real/logit": logit, "real/weight": slope.abs()}
+    metrics["approx_kl"] = approx_kl(terms, batch)
     pairs = tallies(metrics, batch.mask, batch.weights)
-    return LossTerms(loss=coupled_loss(batch, gaps), metrics=pairs)
+    return LossTerms(loss=coupled_loss(batch, raw_log_ratio(terms, batch)), metrics=pairs)

@@ -104,6 +104,38 @@ def test_a_sample_does_not_depend_on_what_is_in_the_batch():
         assert alone.finished == together[i].finished
 
 
+def watched(model):
+    """The list to which every later forward of ``model`` adds its tokens [n][t]."""
+    calls = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: calls.append(given["input_ids"].tolist()), with_kwargs=True
+    )
+    return calls
+
+
+def test_a_prompt_is_read_once_and_finished_samples_leave_the_batch():
+    model = network("qwen3")
+    calls = watched(model)
+    uniforms = torch.rand(5, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    settings = Settings(max_tokens=12, ends=frozenset({2, 3, 4, 5, 6}))
+    samples = [s.ids for s in generate(model, ENCODED, [2, 0, 1, 0, 2], uniforms, settings)]
+    read, *grown = calls
+    assert read == [[5, 6, 7, 8], [0, 0, 0, 9], [0, 10, 11, 12]], "padded on the left"
+    longest = max(map(len, samples))
+    # Of a sample's last token nothing is asked.
+    assert grown == [[[ids[k]] for ids in samples if len(ids) > k + 1] for k in range(longest - 1)]
+    assert len({len(rows) for rows in grown}) > 2, "else none leaves while others go on"
+
+
+@pytest.mark.parametrize("size", [4, 5, 64])
+def test_a_group_is_read_once_however_groups_are_put_together(folders, size):
+    backend = make_backend(folders["qwen3"], {"batch_size": size})
+    calls = watched(backend._network)
+    groups = list(backend.rollout(make_requests(group_size=4)))
+    assert [len(group.outputs) for group in groups] == [4, 4, 4]
+    assert sum(len(rows) for rows in calls if len(rows[0]) > 1) == len(PROMPTS)
+
+
 def test_an_end_token_belongs_to_the_completion_and_nothing_follows():
     model = network("qwen3")
     everything = frozenset(range(3, 40))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy.run import ROOT, launch, metrics_of, small_config, weights_of
+from toy.run import ROOT, SMALLER, column, launch, metrics_of, small_config, weights_of
 
 from mmrl.checkpoint import found
 from mmrl.config import parse
@@ -59,6 +60,35 @@ def test_two_processes_equal_one(unbroken, tmp_path):
         # Six updates of 1e-3; where a gradient is about 0, Adam makes its sign matter.
         assert (left[name] - right[name]).abs().max() < 2e-3
         assert (left[name] - right[name]).abs().mean() < 5e-5
+
+
+def test_images_are_sampled_by_variance_and_nothing_of_it_is_lost(tmp_path):
+    """The kill is within step 2, which begins with a pass over all four prompts."""
+    prompts = (ROOT / "assets/prompts/ocr-train.jsonl").read_text().splitlines()
+    (tmp_path / "four.jsonl").write_text("\n".join(prompts[::70]) + "\n")
+    vas = "{name: vas, beta: 0, refresh_every: 2, refresh_samples: 3, momentum: 0.5}"
+    few = (*SMALLER, "training.num_steps=3", "evaluation.source=null")
+    own = (f"prompts.source={tmp_path / 'four.jsonl'}", f"prompts.sampler={vas}")
+    config = small_config(tmp_path, *few, *own)
+    run = train(parse(config))
+    passes = [row.get("sampler/refresh_samples") for row in metrics_of(run) if "loss" in row]
+    assert passes == [12.0, None, 12.0]
+    assert column(run, "num_samples") == [4.0] * 3, "those of the passes are not trained on"
+    known = json.loads((found(run)[-1] / "progress.json").read_text())["sampler"]
+    assert known["taken"] == 3, "half of two prompts a step are drawn by score"
+    assert len(set(known["scores"].values())) == 4
+    logged = column(run, "sampler/mean_score")
+    assert len(set(logged)) == 3
+    assert logged[-1] == pytest.approx(sum(known["scores"].values()) / 4)
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(found(again)[-1])
+    train(parse({**config, "output_dir": str(again)}), resume=True)
+    assert json.loads((found(again)[-1] / "progress.json").read_text())["sampler"] == known
+    assert metrics_of(again) == metrics_of(run)
+    left, right = weights_of(run), weights_of(again)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_exported_lora_draws_the_same_images_in_plain_diffusers(unbroken):

@@ -11,6 +11,19 @@ from torch import nn
 from mmrl.sharding import trainable, whole, write
 from mmrl.types import Anchor, PolicyTerms, RolloutGroup
 
+FLOW = frozenset(
+    {
+        "mean_gap_old",
+        "mean_gap_teacher",
+        "step_std",
+        "step_size",
+        "implicit_positive",
+        "implicit_negative",
+    }
+)
+SIZES = 64
+"""More decisions than a toy has."""
+
 
 class Policy(nn.Module):
     def __init__(self, decisions):
@@ -18,7 +31,9 @@ class Policy(nn.Module):
         self.mean = nn.Parameter(torch.zeros(decisions))
 
     def forward(self, x, decisions=slice(None)):
-        return -0.5 * (x - self.mean[decisions]) ** 2
+        """Log-probabilities without their constant, and the means, both of the shape of ``x``."""
+        mean = self.mean[decisions].expand_as(x)
+        return -0.5 * (x - mean) ** 2, mean
 
 
 class ToyBackend:
@@ -43,7 +58,7 @@ class ToyBackend:
                 outputs=[row.tolist() for row in x],
                 payload=x,
                 mask=torch.ones(x.shape, dtype=torch.bool),
-                logp_old=policy(x) if self.config.knows_logp else None,
+                logp_old=policy(x)[0] if self.config.knows_logp else None,
             )
 
     def collate(self, rows, decisions=slice(None)):
@@ -53,7 +68,7 @@ class ToyBackend:
     def evaluate(self, batch, needs):
         x, decisions = batch.payload
         self.calls.append(len(x))
-        logp = self.model(x, decisions)
+        logp, mean = self.model(x, decisions)
         if torch.is_grad_enabled() and self.config.drift:
             logp = logp + self.config.drift
         if torch.is_grad_enabled() and self.config.poison_step == self.updates:
@@ -65,11 +80,21 @@ class ToyBackend:
             known = batch.memory is not None
             own = logp.detach() / batch.tempering.temperature
             tempered = torch.stack(list(batch.memory)) if known else own
-        return PolicyTerms(logp=logp, logp_ref=reference, entropy=entropy, logp_tempered=tempered)
+        flow = {}
+        if FLOW & needs:
+            known = batch.memory is not None and "mean_gap_old" in needs
+            old = torch.stack(list(batch.memory)) if known else mean.detach()
+            found = flow_terms(x, mean, old, self.average[decisions], decisions)
+            flow = {name: value for name, value in found.items() if name in needs}
+        return PolicyTerms(
+            logp=logp, logp_ref=reference, entropy=entropy, logp_tempered=tempered, **flow
+        )
 
     def anchor(self, batch, needs):
         terms = self.evaluate(batch, needs)
         memory = terms.logp_tempered if "logp_tempered" in needs else [None] * len(terms.logp)
+        if "mean_gap_old" in needs:
+            memory = self.model(*batch.payload)[1].clone()
         return [Anchor(logp=x, memory=m) for x, m in zip(terms.logp, memory, strict=True)]
 
     def save_samples(self, payload):
@@ -103,6 +128,24 @@ class ToyBackend:
     def export(self, folder, card):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.average, folder / "mean.pt")
+
+
+def flow_terms(x, mean, old, average, decisions):
+    """What models of images tell, of the Gaussians: a teacher at 1, steps of unlike sizes."""
+    size = (0.5 + 0.5 * torch.arange(SIZES))[decisions][: x.shape[1]].expand_as(x)
+
+    def implied(beta):
+        error = x - average - beta * (mean - average)
+        return error.square() / (error.detach().abs() + 0.1)
+
+    return {
+        "mean_gap_old": (mean - old).square(),
+        "mean_gap_teacher": (mean - 1.0).square(),
+        "step_std": size,
+        "step_size": size,
+        "implicit_positive": implied(1.0),
+        "implicit_negative": implied(-1.0),
+    }
 
 
 def noise(request, index, size):
