@@ -19,6 +19,8 @@ _PARTS = {
     "backend": "backends",
     "objective": "objectives",
     "advantage": "advantages",
+    "prompts.sampler": "samplers",
+    "prompts.budget": "budgets",
     "modulators": "modulators",
     "selection": "selection",
     "regularisers": "regularisers",
@@ -130,8 +132,10 @@ def _sources(config: Mapping[str, Any]) -> str:
 
 def _parts(config: Mapping[str, Any], section: str) -> list[Mapping[str, Any]]:
     """The named parts of a section that holds one of them or a list."""
-    value = config.get(section) or []
-    return value if isinstance(value, list) else [value]
+    value: Any = config
+    for key in section.split("."):
+        value = (value or {}).get(key)
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _versions(environment: Mapping[str, Any]) -> str:

@@ -328,17 +328,17 @@ def refuse_split_samples(config: RunConfig) -> None:
 
 
 def refuse_unreached_lengths(config: RunConfig) -> None:
-    """``UserError`` for a penalty on long completions where none can be long enough for it."""
+    """``UserError`` for a reward that counts tokens where there are none, or never enough."""
     longest = getattr(config.backend.config, "max_tokens", None)
     for i, spec in enumerate(config.rewards):
-        free = getattr(spec.config, "free_tokens", None)
-        if free is None:
+        if not getattr(spec.config, "counts_tokens", False):
             continue
         if longest is None:
             raise UserError(
                 f"rewards[{i}]: {spec.label!r} counts tokens, which the samples of backend "
                 f"{config.backend.name!r} do not have"
             )
+        free = getattr(spec.config, "free_tokens", -1)
         if free >= longest:
             raise UserError(
                 f"rewards[{i}]: {spec.label!r} costs nothing up to max_tokens - buffer = {free} "

@@ -14,6 +14,9 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mmrl.types import RolloutGroup
 from rewards._answers import is_missing
 from rewards._python_runner import ignore
@@ -26,6 +29,17 @@ GROUP = "_group"
 """Keyword under which a reward with the attribute ``reads_group`` gets its ``RolloutGroup``."""
 
 _LATE = object()
+
+
+def sampled_tokens(texts: Sequence[str], columns: Mapping[str, Any]) -> Tensor:
+    """Of each text, [N] int64: its tokens as they were sampled, the end included.
+
+    ``columns``: the keywords of a reward with ``reads_group``.  ``TypeError`` without the rollout.
+    """
+    group: RolloutGroup | None = columns.get(GROUP)
+    if texts and group is None:
+        raise TypeError("this reward counts tokens, which only the rollout knows")
+    return torch.zeros(0, dtype=torch.int64) if group is None else group.drawn.sum(1)
 
 
 def awaited(value: Any) -> Any:

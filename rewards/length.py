@@ -1,4 +1,4 @@
-"""Is the text as long as it should be? A trapezoid over its words or characters.
+"""Is the text as long as it should be? A trapezoid over its words, characters or tokens.
 
 Range: [0, 1], higher is better: 0 up to a and from d on, 1 from b to c, and straight lines between.
 It applies to every prompt.
@@ -16,6 +16,7 @@ from torch import Tensor
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
 from rewards._answers import TAG, in_tag, text_of
+from rewards._signatures import sampled_tokens
 
 PAPER = "OpenVLThinkerV2 2026, arXiv:2604.08539"
 
@@ -27,14 +28,21 @@ class Config(StrictModel):
     b: float = Field(default=50, description="1 from this length on")
     c: float = Field(default=300, description="1 up to this length")
     d: float = Field(default=600, description="0 from this length on")
-    unit: Literal["words", "characters"] = Field(
-        default="words", description="what is counted; words are parted by white space"
+    unit: Literal["words", "characters", "tokens"] = Field(
+        default="words",
+        description="what is counted; words are parted by white space, tokens as they were "
+        "sampled, the end included",
     )
     inside: str | None = Field(
         default=None,
         pattern=TAG,
         description="count only what is in the last pair of this tag (0 without one); null: all",
     )
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether only samples that are made of tokens have such a length."""
+        return self.unit == "tokens"
 
     @model_validator(mode="after")
     def _in_order(self) -> Config:
@@ -43,18 +51,29 @@ class Config(StrictModel):
                 f"a, b, c, d = {self.a:g}, {self.b:g}, {self.c:g}, {self.d:g} are not in order; "
                 "allowed: a < b <= c < d"
             )
+        if self.inside is not None and self.counts_tokens:
+            raise UserError(
+                f"inside: {self.inside!r} with unit 'tokens', which are counted over the whole "
+                "completion; allowed: null, or unit 'words' or 'characters'"
+            )
         return self
 
 
 def build(config: Config) -> Callable[..., Tensor]:
     """``(prompts, texts, **columns) -> [N]`` float32 in [0, 1].
 
-    Raises ``TypeError`` when called with anything but texts.
+    Raises ``TypeError`` when called with anything but texts, and for tokens without the rollout
+    that knows them.
     """
 
     def reward(prompts: Sequence[str], outputs: Sequence[Any], **columns: Any) -> Tensor:
-        return torch.tensor([score(text_of(output), config) for output in outputs])
+        texts = [text_of(output) for output in outputs]
+        if not config.counts_tokens:
+            return torch.tensor([score(text, config) for text in texts])
+        lengths = sampled_tokens(texts, columns).tolist()
+        return torch.tensor([trapezoid(length, config) for length in lengths])
 
+    reward.reads_group = config.counts_tokens  # type: ignore[attr-defined]
     return reward
 
 

@@ -12,17 +12,15 @@ were sampled, the end included.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmrl.errors import UserError
 from mmrl.schema import StrictModel
-from mmrl.types import RolloutGroup
 from rewards._answers import text_of
-from rewards._signatures import GROUP
+from rewards._signatures import sampled_tokens
 
 PAPER = "Yu et al. 2025, arXiv:2503.14476"
 
@@ -48,6 +46,8 @@ class Config(StrictModel):
             )
         return self
 
+    counts_tokens: ClassVar[bool] = True
+
     @property
     def free_tokens(self) -> int:
         """The longest completion that costs nothing."""
@@ -62,11 +62,7 @@ def build(config: Config) -> Callable[..., Tensor]:
 
     def reward(prompts: Sequence[str], outputs: Sequence[Any], **columns: Any) -> Tensor:
         texts = [text_of(output) for output in outputs]
-        group: RolloutGroup | None = columns.get(GROUP)
-        if texts and group is None:
-            raise TypeError("this reward counts tokens, which only the rollout knows")
-        lengths = torch.zeros(0) if group is None else group.drawn.sum(1)
-        return penalty(lengths, config)
+        return penalty(sampled_tokens(texts, columns), config)
 
     reward.reads_group = True  # type: ignore[attr-defined]
     return reward

@@ -337,6 +337,8 @@ class TextBackend:
             network.save_pretrained(folder, state_dict=state)
         else:
             self._export_adapter(folder, whole(trainable(network)))
+            if network.generation_config is not None:
+                network.generation_config.save_pretrained(folder)
         self._saved.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

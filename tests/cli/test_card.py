@@ -58,6 +58,14 @@ def test_results_methods_and_versions(run):
     assert "c0ffee" in text
 
 
+def test_how_prompts_and_samples_were_chosen_is_cited(make_run):
+    prompts = {"source": "x", "sampler": {"name": "vas"}, "budget": {"name": "knapsack"}}
+    text = model_card(make_run("chosen", config=CONFIG | {"prompts": prompts}))
+    assert "* prompts.sampler: `vas` (" in text
+    assert "arXiv:2509.21268" in text
+    assert "* prompts.budget: `knapsack` (" in text
+
+
 def test_a_run_without_results(make_run):
     text = model_card(make_run("bare", config={"name": "bare"}, metrics=[]))
     assert "Results" not in text

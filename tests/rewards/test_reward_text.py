@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 from test_reward_ocr import edit_distance as distance
 
 from mmrl.errors import UserError
 from mmrl.schema import validate
 from rewards import box_iou, edit_distance, exact_match, format_tags, length
+from rewards.combine import scored
 
 
 def score(module, text, right=None, **config):
@@ -110,6 +113,19 @@ A, B, C, D = 10, 20, 40, 80
 def test_length_is_a_trapezoid(unit, count, expected):
     text = " ".join("w" * count) if unit == "words" else "c" * count
     assert score(length, text, a=A, b=B, c=C, d=D, unit=unit) == expected
+
+
+def test_length_in_tokens(group):
+    """As they were sampled, whatever text they make."""
+    counts = [A, 15, B, 60, D]
+    mask = torch.arange(D) < torch.tensor(counts)[:, None]
+    rolled = replace(group(["a b c"] * len(counts)), mask=mask, everything=mask)
+    reward = length.build(length.Config(a=A, b=B, c=C, d=D, unit="tokens"))
+    assert scored(reward, rolled, "length").values.tolist() == [0, 0.5, 1, 0.5, 0]
+    with pytest.raises(TypeError, match="counts tokens, which only the rollout knows"):
+        reward(["p"], ["a"])
+    with pytest.raises(UserError, match="inside: 'think' with unit 'tokens'"):
+        validate(length.Config, {"unit": "tokens", "inside": "think"}, "rewards[0]")
 
 
 def test_length_inside_a_tag():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_text import make_backend, make_batch, make_requests
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mmrl.card import usage
 from mmrl.text.scoring import own_logp
@@ -52,6 +52,8 @@ def test_plain_libraries_score_as_we_do(folders, tmp_path, name, lora):
 def test_the_tokenizer_and_its_template_come_along(folders, tmp_path, lora):
     backend = trained(folders["qwen3"], lora)
     backend.export(tmp_path, "")
+    settings = [GenerationConfig.from_pretrained(f) for f in (tmp_path, folders["qwen3"])]
+    assert settings[0].to_dict() == settings[1].to_dict()
     ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path, folders["qwen3"]))
     assert ours.chat_template == theirs.chat_template
     assert ours("go up").input_ids == theirs("go up").input_ids
