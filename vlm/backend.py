@@ -97,7 +97,7 @@ def _refuse_nothing_trained(config: Config, tower: Any, encoded: Prompts) -> Non
             f"{lora and lora.target_modules} names nothing in the vision tower; allowed: null"
         )
     if not encoded.kinds:
-        columns = config.images.column, config.videos.column
+        columns = *config.images.columns, config.videos.column
         raise UserError(
             f"model.train_vision = true, but no prompt has one of the columns {columns}"
         )

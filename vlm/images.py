@@ -42,10 +42,15 @@ def refuse_missing(prompt: Prompt, config: ImageConfig) -> None:
 
 def images_in(prompt: Prompt, config: ImageConfig) -> list[Any]:
     """What stands in the column: a list, or one alone."""
-    value = prompt.columns.get(config.column)
+    value = prompt.columns.get(column_of(prompt, config))
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def column_of(prompt: Prompt, config: ImageConfig | VideoConfig) -> str:
+    """Where a prompt has its pictures, or would have them."""
+    return next((name for name in config.columns if name in prompt.columns), config.column)
 
 
 def open_image(entry: Any) -> Any:
@@ -91,4 +96,4 @@ def refuse_no_file(entry: Any, prompt: Prompt, config: ImageConfig | VideoConfig
 
 def place(prompt: Prompt, config: ImageConfig | VideoConfig) -> str:
     """Start of a message about a column of a prompt."""
-    return f"{config.SECTION}.column = {config.column!r}: prompt {prompt.text!r:.60}"
+    return f"{config.SECTION}.column = {column_of(prompt, config)!r}: prompt {prompt.text!r:.60}"

@@ -147,9 +147,9 @@ class Config(StrictModel):
         return self
 
     @property
-    def image_column(self) -> str | None:
+    def image_columns(self) -> tuple[str, ...]:
         """Where a prompt has its pictures; nowhere."""
-        return None
+        return ()
 
     @property
     def provides(self) -> frozenset[str]:

@@ -20,8 +20,9 @@ from mmrl.resolve import resolve
 from mmrl.text.layout import lay_out
 from mmrl.types import Prompt
 from mmrl.weights import trainable
+from vlm.config import ImageConfig
 from vlm.encoding import conversation
-from vlm.images import open_image
+from vlm.images import images_in, open_image
 
 WAYS = pytest.mark.parametrize("update", ["shared_prompt", "packed", "padded"])
 LOGP = frozenset({"logp"})
@@ -273,6 +274,31 @@ def test_a_column_that_no_prompt_has(folders, prompts, family):
     with pytest.raises(UserError, match=r"videos.column = 'films': no prompt has this column"):
         config.refuse_prompts(prompts)
     make_config(folders[family], family).refuse_prompts([Prompt(id="", text="no pictures")])
+
+
+def test_an_image_in_the_column_of_trl_is_seen(folders, prompts, family):
+    path = prompts[0].columns["images"]
+    alone = Prompt(id="alone", text="go up", columns={"image": path})
+    backend = make_backend(folders[family], family, [prompts[0], alone])
+    for name, value in backend._prompts["one"].inputs.items():
+        torch.testing.assert_close(backend._prompts["alone"].inputs[name], value)
+    assert backend._prompts["alone"].ids == backend._prompts["one"].ids
+
+
+def test_the_column_of_trl_is_not_read_beside_another():
+    prompt = Prompt(id="", text="", columns={"image": "a.png", "images": None})
+    assert images_in(prompt, ImageConfig()) == []
+    assert images_in(Prompt(id="", text="", columns={"image": "a.png"}), ImageConfig()) == ["a.png"]
+    assert images_in(prompt, ImageConfig(column="picture")) == []
+
+
+def test_prompts_without_anything_to_look_at_are_said(folders, prompts, family):
+    config = make_config(folders[family], family)
+    (note,) = config.prompt_notes([Prompt(id="", text="up", columns={"photo": "a.png"})], "here")
+    assert "here: no prompt has an image or a video (columns 'images', 'image', 'videos'" in note
+    assert config.prompt_notes(prompts, "here") == []
+    film = Prompt(id="", text="", columns={"videos": "a.mp4"})
+    assert config.prompt_notes([film], "here") == []
 
 
 def test_an_unknown_family_is_named_with_its_key():
