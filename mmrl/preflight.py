@@ -423,7 +423,11 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
     refuse_missing_columns(config.rewards, training, "rewards")
     refuse_missing_columns(judges, evaluation, "evaluation.rewards")
-    return training, evaluation[: config.evaluation.max_prompts]
+    evaluation = evaluation[: config.evaluation.max_prompts]
+    refuse_missing_files = getattr(config.backend.config, "refuse_missing_files", None)
+    if refuse_missing_files is not None:
+        refuse_missing_files([*training, *evaluation])
+    return training, evaluation
 
 
 def prompt_notes(

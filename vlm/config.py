@@ -129,6 +129,14 @@ class Config(text.Config):
                     f"column; {nearest(section.column, names)}"
                 )
 
+    def refuse_missing_files(self, prompts: Sequence[Prompt]) -> None:
+        """``UserError`` for a path of an image or a video where no file is; nothing is opened."""
+        from vlm import images, videos  # they read this module
+
+        for prompt in prompts:
+            images.refuse_missing(prompt, self.images)
+            videos.refuse_missing(prompt, self.videos)
+
     def prompt_notes(self, prompts: Sequence[Prompt], key: str) -> list[str]:
         """A line where no prompt of ``key`` has anything to look at."""
         from vlm import images, videos  # they read this module

@@ -31,9 +31,7 @@ class Prompts(Mapping[str, Encoded]):
     ) -> None:
         """``limit``: of tokens.  ``UserError`` for an image or a video that is not there."""
         self._prompts = {prompt.id: prompt for prompt in prompts}
-        for prompt in prompts:
-            images.refuse_missing(prompt, config.images)
-            videos.refuse_missing(prompt, config.videos)
+        config.refuse_missing_files(prompts)
         has_images = any(images.images_in(prompt, config.images) for prompt in prompts)
         has_videos = any(videos.videos_in(prompt, config.videos) for prompt in prompts)
         self.kinds = ("image",) * has_images + ("video",) * has_videos

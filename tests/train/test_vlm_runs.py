@@ -14,6 +14,7 @@ from test_text_runs import close, config
 from toy.run import ROOT, column, launch, metrics_of, weights_of
 
 from mmrl.config import parse
+from mmrl.errors import UserError
 from mmrl.preflight import describe
 from mmrl.runner import train
 from mmrl.types import Prompt
@@ -111,6 +112,26 @@ def test_the_column_of_trl(model, family, tmp_path, capsys):
     assert "no prompt has an image" in dict(describe(parse(data)))["note"]
     train(parse(data | named(tmp_path, family, "text")))
     assert "prompts.source: no prompt has an image or a video" in unwrapped(capsys)
+
+
+def test_a_missing_image_is_found_by_check(model, family, tmp_path):
+    data = vlm_config(model, family, tmp_path)
+    prompts = save_pictures(tmp_path)
+    lost = replace(prompts[1], columns={"images": [prompts[0].columns["images"], "lost.png"]})
+    write_prompts(data, [prompts[0], lost, prompts[2]])
+    data |= {"evaluation": data["evaluation"] | {"source": None}}
+    source = data["prompts"]["source"]
+    words = rf"^prompts\.source: {source}:2: prompt 'add .*images' names 'lost\.png'"
+    with pytest.raises(UserError, match=words):
+        describe(parse(data))
+    held_out = tmp_path / "held-out.jsonl"
+    Path(source).rename(held_out)
+    write_prompts(data, prompts)
+    data |= {"evaluation": data["evaluation"] | {"source": str(held_out)}}
+    with pytest.raises(UserError, match=rf"^evaluation\.source: {held_out}:2: .*'lost\.png'"):
+        describe(parse(data))
+    data["evaluation"]["max_prompts"] = 1  # the others are not looked at
+    describe(parse(data))
 
 
 def unwrapped(capsys) -> str:

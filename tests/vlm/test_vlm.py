@@ -307,17 +307,26 @@ def test_an_unknown_family_is_named_with_its_key():
 
 
 def test_an_image_that_is_not_there(folders, family):
-    prompt = Prompt(id="x", text="go up", columns={"images": "nowhere.png"})
-    with pytest.raises(UserError, match=r"'go up' names 'nowhere.png', which is no file"):
-        make_backend(folders[family], family, [prompt])
+    for entry in ("nowhere.png", {"bytes": None, "path": "nowhere.png"}):
+        prompt = Prompt(id="x", text="go up", columns={"images": entry}, where="here.jsonl:7")
+        with pytest.raises(UserError) as caught:
+            make_backend(folders[family], family, [prompt])
+        assert str(caught.value).startswith(
+            "here.jsonl:7: prompt 'go up': backend.images.column = 'images' names 'nowhere.png', "
+            "which is no file"
+        )
 
 
 def test_an_image_that_cannot_be_read(folders, family, tmp_path):
     path = tmp_path / "broken.png"
     path.write_text("no picture")
-    prompt = Prompt(id="x", text="go up", columns={"images": [str(path)]})
-    with pytest.raises(UserError, match=r"'go up' has an image that cannot be read"):
+    prompt = Prompt(id="x", text="go up", columns={"image": [str(path)]}, where="here.jsonl:7")
+    with pytest.raises(UserError) as caught:
         make_backend(folders[family], family, [prompt])
+    assert str(caught.value).startswith(
+        "here.jsonl:7: prompt 'go up': backend.images.column = 'image' has an image that cannot "
+        f"be read, {str(path)!r}: cannot identify"
+    )
 
 
 def test_prompts_that_are_too_long(folders, prompts, family):
