@@ -44,7 +44,7 @@ class VisionBackend(TextBackend):
         payload, mask = super().collate(rows, decisions)
         for (group, _), row in zip(rows, payload, strict=True):
             ids = [*row.prompt.ids, *row.completion]
-            self._family.refuse_mismatch(ids, row.prompt.inputs, group.request.prompt.text)
+            self._family.refuse_mismatch(ids, row.prompt.inputs, group.request.prompt)
         return payload, mask
 
 
@@ -69,8 +69,7 @@ def build(
     if not config.model.train_vision:
         kind.freeze_vision(network)
     family = kind(network)
-    limit = room_for_prompts(network, config)
-    encoded = Prompts(prompts, config, processor, family, limit)
+    encoded = Prompts(prompts, config, processor, family, room_for_prompts(network, config))
     _refuse_nothing_trained(config, kind.tower_of(network), encoded)
     family.keep_in_step(encoded.kinds)
     with autocast(network, DTYPES[config.model.dtype]):
