@@ -34,13 +34,14 @@ MAX_PIXELS = 512
 class CompletionFiles:
     """Writes the files of a run, with rows of all processes, on the main one.
 
-    ``image_column``: where prompts have their pictures, if they do.  ``max_rows``: of a file;
-    whole groups, spread evenly over the step, but at least one.
+    ``image_columns``: where prompts have their pictures, if they do: in the first of these that
+    they have; the file has them in the very first.  ``max_rows``: of a file; whole groups, spread
+    evenly over the step, but at least one.
     """
 
     folder: Path
     accelerator: Accelerator
-    image_column: str | None
+    image_columns: Sequence[str]
     max_rows: int
 
     def write(
@@ -68,7 +69,8 @@ class CompletionFiles:
         rows = sorted(gather_items(self.accelerator, local), key=lambda pair: pair[0])
         if rows and self.accelerator.is_main_process:
             path = self.folder / f"{kind}-{step:06d}.parquet"
-            write_table(path, [row for _, row in rows[: self.max_rows]], self.image_column)
+            kept = [row for _, row in rows[: self.max_rows]]
+            write_table(path, kept, next(iter(self.image_columns), None))
 
     def _rows(
         self, step: int, group: RolloutGroup, scores: GroupScores, advantages: Tensor | None
@@ -78,8 +80,10 @@ class CompletionFiles:
         prompt = group.request.prompt
         columns = dict(prompt.columns)
         images = {}
-        if self.image_column is not None:
-            images[self.image_column] = pictures(columns.pop(self.image_column, None))
+        if self.image_columns:
+            first = self.image_columns[0]
+            found = next((name for name in self.image_columns if name in columns), first)
+            images[first] = pictures(columns.pop(found, None))
         return [
             {
                 **columns,

@@ -479,7 +479,24 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
     refuse_missing_columns(config.rewards, training, "rewards")
     refuse_missing_columns(judges, evaluation, "evaluation.rewards")
-    return training, evaluation[: config.evaluation.max_prompts]
+    evaluation = evaluation[: config.evaluation.max_prompts]
+    refuse_missing_files = getattr(config.backend.config, "refuse_missing_files", None)
+    if refuse_missing_files is not None:
+        refuse_missing_files([*training, *evaluation])
+    return training, evaluation
+
+
+def prompt_notes(
+    config: RunConfig, training: Sequence[Prompt], evaluation: Sequence[Prompt]
+) -> list[str]:
+    """What a person should know of the prompts though the run can do without it."""
+    of_backend = getattr(config.backend.config, "prompt_notes", None)
+    sets = {"prompts.source": training, "evaluation.source": evaluation}
+    found = []
+    for key, prompts in sets.items():
+        if prompts and of_backend is not None:
+            found += of_backend(prompts, key)
+    return found
 
 
 def refuse_unknown_tasks(specs: Sequence[RewardSpec], prompts: Sequence[Prompt], key: str) -> None:
@@ -534,6 +551,7 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     return [
         ("run folder", str(config.run_dir)),
         ("prompts", f"{len(training)} for training, {len(evaluation)} held out"),
+        *(("note", note) for note in prompt_notes(config, training, evaluation)),
         (
             "samples per step",
             f"{samples} = {size.prompts_per_step} prompts x {each}",

@@ -63,7 +63,7 @@ class Bar:
         if transient:
             self._progress.update(self._task, status=text)
         else:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)
 
     def step(self, done: int, values: Mapping[str, float]) -> None:
         """Advance the bar to ``done``."""

@@ -128,7 +128,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         display = stack.enter_context(make_display(config, session.main))
         interrupted = stack.enter_context(_interruptible())
         display.note(f"resuming after step {steps}" if start else f"run folder: {run}")
-        for note in session.backend.notes:
+        about = preflight.prompt_notes(config, session.training_prompts, session.evaluation_prompts)
+        for note in (*about, *session.backend.notes):
             display.note(note)
         loop = Loop(session, trainer, metrics, display, interrupted, saved=steps)
         finished = loop.run()
@@ -197,8 +198,8 @@ class Loop:
         return CompletionFiles(
             folder=config.run_dir / COMPLETIONS,
             accelerator=self.session.accelerator,
-            # Only language runs have one.
-            image_column=getattr(config.backend.config, "image_column", None),
+            # Only language runs have some.
+            image_columns=getattr(config.backend.config, "image_columns", ()),
             max_rows=config.tracking.max_completions,
         )
 

@@ -47,13 +47,21 @@ class Prompt:
     ``id`` is derived from the content, so it survives reordering of the file.  ``columns`` holds
     every other column of the data set; rewards receive them under their own names.  ``messages``:
     where the prompt is a conversation, its messages with ``role`` and ``content``; ``text`` is then
-    that of the user's last one.
+    that of the user's last one.  ``where``: the configuration key, file and row it was read from,
+    for messages alone, "" for one that was typed in.
     """
 
     id: str
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: Sequence[Mapping[str, Any]] = ()
+    where: str = field(default="", compare=False)
+
+    @property
+    def named(self) -> str:
+        """How a message names it: where it stands, and how it begins."""
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}prompt {self.text!r:.60}"
 
     @property
     def task(self) -> str:

@@ -45,7 +45,7 @@ class VisionBackend(TextBackend):
         payload, mask = super().collate(rows, decisions)
         for (group, _), row in zip(rows, payload, strict=True):
             ids = [*row.prompt.ids, *row.completion]
-            self._family.refuse_mismatch(ids, row.prompt.inputs, group.request.prompt.text)
+            self._family.refuse_mismatch(ids, row.prompt.inputs, group.request.prompt)
         return payload, mask
 
 
@@ -70,8 +70,7 @@ def build(
     if not config.model.train_vision:
         kind.freeze_vision(network)
     family = kind(network)
-    limit = room_for_prompts(network, config)
-    encoded = Prompts(prompts, config, processor, family, limit)
+    encoded = Prompts(prompts, config, processor, family, room_for_prompts(network, config))
     _refuse_nothing_trained(config, kind.tower_of(network), encoded)
     family.keep_in_step(encoded.kinds)
     with autocast(network, DTYPES[config.model.dtype]):
@@ -101,7 +100,7 @@ def _refuse_nothing_trained(config: Config, tower: Any, encoded: Prompts) -> Non
             f"{lora and lora.target_modules} names nothing in the vision tower; allowed: null"
         )
     if not encoded.kinds:
-        columns = config.images.column, config.videos.column
+        columns = *config.images.columns, config.videos.column
         raise UserError(
             f"model.train_vision = true, but no prompt has one of the columns {columns}"
         )

@@ -12,6 +12,9 @@ from mmrl.schema import StrictModel, nearest
 from mmrl.text import config as text
 from mmrl.types import Prompt
 
+TRL_COLUMN = "image"
+"""Where data sets made for TRL have the one image of a prompt."""
+
 
 class ModelConfig(text.ModelConfig):
     """Which model is trained, and in what form."""
@@ -61,8 +64,15 @@ class ImageConfig(_Pixels):
         default="images",
         min_length=1,
         description="Column with a prompt's image or list of images: paths, or what a dataset "
-        "holds. A prompt without any is text alone.",
+        "holds. A prompt without any is text alone. Where it is 'images', a prompt without that "
+        "column may have its image in 'image', as TRL calls it.",
     )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Where images may stand: in the first of these columns that a prompt has."""
+        usual = type(self).model_fields["column"].default
+        return (self.column, TRL_COLUMN) if self.column == usual else (self.column,)
 
 
 class VideoConfig(_Pixels):
@@ -90,6 +100,11 @@ class VideoConfig(_Pixels):
         "Even, for two frames are read together.",
     )
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Where videos may stand."""
+        return (self.column,)
+
 
 class Config(text.Config):
     """Everything under ``backend`` but its name."""
@@ -99,9 +114,9 @@ class Config(text.Config):
     videos: VideoConfig = VideoConfig()
 
     @property
-    def image_column(self) -> str | None:
-        """Where a prompt has its pictures."""
-        return self.images.column
+    def image_columns(self) -> tuple[str, ...]:
+        """Where a prompt has its pictures: in the first of these that it has."""
+        return self.images.columns
 
     def refuse_prompts(self, prompts: Sequence[Prompt]) -> None:
         """``UserError`` for a column that somebody named and no prompt has."""
@@ -113,3 +128,26 @@ class Config(text.Config):
                     f"backend.{section.SECTION}.column = {section.column!r}: no prompt has this "
                     f"column; {nearest(section.column, names)}"
                 )
+
+    def refuse_missing_files(self, prompts: Sequence[Prompt]) -> None:
+        """``UserError`` for a path of an image or a video where no file is; nothing is opened."""
+        from vlm import images, videos  # they read this module
+
+        for prompt in prompts:
+            images.refuse_missing(prompt, self.images)
+            videos.refuse_missing(prompt, self.videos)
+
+    def prompt_notes(self, prompts: Sequence[Prompt], key: str) -> list[str]:
+        """A line where no prompt of ``key`` has anything to look at."""
+        from vlm import images, videos  # they read this module
+
+        if any(
+            images.images_in(prompt, self.images) or videos.videos_in(prompt, self.videos)
+            for prompt in prompts
+        ):
+            return []
+        columns = ", ".join(map(repr, (*self.images.columns, self.videos.column)))
+        return [
+            f"{key}: no prompt has an image or a video (columns {columns}; see "
+            "backend.images.column, backend.videos.column): the model sees text alone"
+        ]

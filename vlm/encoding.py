@@ -11,6 +11,7 @@ import torch
 
 from mmrl.errors import UserError
 from mmrl.text.layout import Encoded
+from mmrl.text.loading import Room
 from mmrl.types import Prompt
 from vlm import images, videos
 from vlm.config import Config
@@ -27,19 +28,17 @@ class Prompts(Mapping[str, Encoded]):
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], config: Config, processor: Any, family: Any, limit: int
+        self, prompts: Sequence[Prompt], config: Config, processor: Any, family: Any, room: Room
     ) -> None:
-        """``limit``: of tokens.  ``UserError`` for an image or a video that is not there."""
+        """``room``: that prompts have.  ``UserError`` for an image or a video that is not there."""
         self._prompts = {prompt.id: prompt for prompt in prompts}
-        for prompt in prompts:
-            images.refuse_missing(prompt, config.images)
-            videos.refuse_missing(prompt, config.videos)
+        config.refuse_missing_files(prompts)
         has_images = any(images.images_in(prompt, config.images) for prompt in prompts)
         has_videos = any(videos.videos_in(prompt, config.videos) for prompt in prompts)
         self.kinds = ("image",) * has_images + ("video",) * has_videos
 
         def encoded(prompt_id: str) -> Encoded:
-            return encode(self._prompts[prompt_id], config, processor, family, limit)
+            return encode(self._prompts[prompt_id], config, processor, family, room)
 
         self._encoded = lru_cache(maxsize=KEPT)(encoded)
 
@@ -53,11 +52,11 @@ class Prompts(Mapping[str, Encoded]):
         return len(self._prompts)
 
 
-def encode(prompt: Prompt, config: Config, processor: Any, family: Any, limit: int) -> Encoded:
+def encode(prompt: Prompt, config: Config, processor: Any, family: Any, room: Room) -> Encoded:
     """Tokens, positions and pixels of a prompt.
 
-    ``UserError`` for images and videos that do not fit the marks in the text, and for too many
-    tokens.
+    ``UserError`` that names its row, for images and videos that do not fit the marks in the text,
+    and where there is no ``room`` for it.
     """
     patch_size = processor.image_processor.patch_size
     pictures = images.images_of(prompt, config.images, patch_size)
@@ -69,8 +68,8 @@ def encode(prompt: Prompt, config: Config, processor: Any, family: Any, limit: i
     for token, given in ((processor.image_token, pictures), (processor.video_token, films)):
         if text.count(token) != len(given):
             raise UserError(
-                f"prompts: {prompt.text!r:.80} has {token} {text.count(token)} times in the chat "
-                f"template, for {len(given)}"
+                f"{prompt.named} has {token} {text.count(token)} times in the chat template, for "
+                f"{len(given)}"
             )
     options: dict[str, Any] = {"images": pictures} if pictures else {}
     if films:
@@ -80,10 +79,9 @@ def encode(prompt: Prompt, config: Config, processor: Any, family: Any, limit: i
     options |= {"do_resize": False} if options else {}
     found = processor(text=[text], return_tensors="pt", **options)
     ids = found["input_ids"][0].tolist()
-    if len(ids) > limit:
-        raise UserError(f"prompts: {prompt.text!r:.80} has {len(ids)} tokens; allowed: {limit}")
+    room.refuse(prompt, len(ids))
     inputs = {name: found[name] for name in family.INPUTS if name in found}
-    family.refuse_mismatch(ids, inputs, prompt.text)
+    family.refuse_mismatch(ids, inputs, prompt)
     positions, after = family.positions(found)
     return Encoded(ids=ids, positions=positions, after=after, inputs=inputs)
 
@@ -105,9 +103,7 @@ def conversation(prompt: Prompt, num_images: int, num_videos: int = 0) -> list[d
         if not places and count:
             first["content"] = [{"type": kind}] * count + list(_parts([first]))
         elif places != count:
-            raise UserError(
-                f"prompts: {prompt.text!r:.80} has places for {places} {kind}s and {count} {kind}s"
-            )
+            raise UserError(f"{prompt.named} has places for {places} {kind}s and {count} {kind}s")
     return messages
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmrl.errors import UserError
 from mmrl.types import Prompt
 from vlm.config import VideoConfig
-from vlm.images import open_image, pixel_limits, place, refuse_no_file
+from vlm.images import described, open_image, pixel_limits, place, refuse_no_file
 
 
 class Video(NamedTuple):
@@ -28,7 +28,7 @@ class Video(NamedTuple):
 def videos_of(prompt: Prompt, config: VideoConfig, patch_size: int) -> list[Video]:
     """In sizes that the model's patches divide, by qwen-vl-utils' rule.
 
-    ``UserError`` that names the prompt, for a video that is missing or cannot be read.
+    ``UserError`` that names the prompt's row and the video, for one that cannot be read.
     """
     from qwen_vl_utils import fetch_video
     from qwen_vl_utils.vision_process import VIDEO_MIN_TOKEN_NUM
@@ -36,16 +36,17 @@ def videos_of(prompt: Prompt, config: VideoConfig, patch_size: int) -> list[Vide
     register_reader()
     limits = pixel_limits(config, VIDEO_MIN_TOKEN_NUM, patch_size)
     found = []
-    # RuntimeError: frames of several sizes, and failures of torchcodec and decord.
-    try:
-        for entry in videos_in(prompt, config):
+    for entry in videos_in(prompt, config):
+        # RuntimeError: frames of several sizes, and failures of torchcodec and decord.
+        try:
             asked = {**_sampled(entry, config), **limits}
             video: Any = fetch_video(asked, patch_size, return_video_metadata=True)
             found.append(Video(*video))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{place(prompt, config)} has a video that cannot be read: {error}"
-        ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{place(prompt, config)} has a video that cannot be read, {described(entry)}: "
+                f"{error}"
+            ) from error
     return found
 
 

@@ -48,7 +48,7 @@ Keys = Mapping[str, str]
 def load_prompts(
     source: Source, key: str, keys: Keys | None = None, template: str | None = None
 ) -> list[Prompt]:
-    """The prompts of a source in its order, duplicates removed.
+    """The prompts of a source in its order, of duplicates the first.
 
     Where it names tasks, each prompt gets the name of its own in the column ``task``.  ``key`` is
     the configuration key that named the source; columns that ``keys`` names must be there and not
@@ -61,20 +61,21 @@ def load_prompts(
             task: load_prompts(file, f"{key}.{task}", keys, template)
             for task, file in source.items()
         }
-        prompts = [_of_task(p, task, key) for task, found in tasks.items() for p in found]
+        prompts = [_of_task(p, task) for task, found in tasks.items() for p in found]
     else:
         paths = [source] if isinstance(source, Path) else source
         render = renderer(template, TEMPLATE) if template is not None else None
         prompts = [prompt for path in paths for prompt in _load(path, key, keys, render)]
-    return list({prompt.id: prompt for prompt in prompts}.values())
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.id, prompt)
+    return list(found.values())
 
 
-def _of_task(prompt: Prompt, task: str, key: str) -> Prompt:
+def _of_task(prompt: Prompt, task: str) -> Prompt:
     own = prompt.columns.get(TASK, task)
     if own != task:
-        raise UserError(
-            f"{key}.{task}: prompt {prompt.text!r} is of the task {own!r} by its column"
-        )
+        raise UserError(f"{prompt.named} is of the task {own!r} by its column, not {task!r}")
     # The same text in two tasks is two prompts, with noise and a teacher of their own.
     columns = {**prompt.columns, TASK: task}
     name = content_id(prompt.text, columns, prompt.messages)
@@ -175,7 +176,7 @@ def _prompt(record: dict[str, Any], where: str, render: Render | None) -> Prompt
         name = content_id(text, columns, messages)
     except TypeError as error:
         raise UserError(f"{where}: a column is of a kind that has no content: {error}") from None
-    return Prompt(id=name, text=text, columns=columns, messages=messages)
+    return Prompt(id=name, text=text, columns=columns, messages=messages, where=where)
 
 
 def _rendered(

@@ -29,7 +29,7 @@ from mmrl.text.generation import Completion, Settings, generate, statistics
 from mmrl.text.head import Scored
 from mmrl.text.kernels import Heads, choose
 from mmrl.text.layout import Encoded, Row
-from mmrl.text.loading import encode, end_tokens, load_network, load_tokenizer
+from mmrl.text.loading import Room, encode, end_tokens, load_network, load_tokenizer
 from mmrl.text.scoring import device_of, refuse_wrong_scores, score_rows
 from mmrl.types import (
     DTYPES,
@@ -393,19 +393,23 @@ def build(
     )
 
 
-def room_for_prompts(network: Any, config: Config) -> int:
-    """Tokens that a prompt may have, so that the longest completion finds positions after it.
+def room_for_prompts(network: Any, config: Config) -> Room:
+    """What a prompt may have, so that the longest completion finds positions after it.
 
     ``UserError`` if that leaves none.
     """
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    room = (positions or 1 << 30) - config.rollout.max_tokens
+    completion = config.rollout.max_tokens
+    room = (positions or 1 << 30) - completion
     if room < 1:
         raise UserError(
-            f"rollout.max_tokens = {config.rollout.max_tokens} leaves no room for prompts: this "
+            f"backend.rollout.max_tokens = {completion} leaves no room for prompts: this "
             f"model has {positions} positions; allowed: less than that"
         )
-    return min(config.prompts.max_tokens or room, room)
+    if config.prompts.max_tokens is not None and config.prompts.max_tokens <= room:
+        return Room(config.prompts.max_tokens, "backend.prompts.max_tokens")
+    why = f"the model's {positions} positions less backend.rollout.max_tokens = {completion}"
+    return Room(room, why)
 
 
 def autocast(network: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -174,9 +174,9 @@ class Config(StrictModel):
         return self.rollout.demonstrations
 
     @property
-    def image_column(self) -> str | None:
+    def image_columns(self) -> tuple[str, ...]:
         """Where a prompt has its pictures; nowhere."""
-        return None
+        return ()
 
     @property
     def provides(self) -> frozenset[str]:

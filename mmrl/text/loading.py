@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,10 +98,24 @@ def _recompute_blocks(network: Any) -> None:
             module.training = True
 
 
+class Room(NamedTuple):
+    """``tokens`` that a prompt may have, and ``why`` no more: what the limit follows from."""
+
+    tokens: int
+    why: str
+
+    def refuse(self, prompt: Prompt, count: int) -> None:
+        """``UserError`` for a prompt of ``count`` tokens that are none or too many."""
+        if not 1 <= count <= self.tokens:
+            raise UserError(
+                f"{prompt.named} has {count} tokens; allowed: 1 to {self.tokens} ({self.why})"
+            )
+
+
 def encode(
-    tokenizer: Any, prompts: Sequence[Prompt], config: PromptConfig, limit: int
+    tokenizer: Any, prompts: Sequence[Prompt], config: PromptConfig, room: Room
 ) -> dict[str, Encoded]:
-    """By prompt id; ``UserError`` for a prompt of more than ``limit`` tokens.
+    """By prompt id; ``UserError`` for a prompt for which there is no ``room``.
 
     The messages of a prompt that has some go into the chat template; the configured system message
     comes before them unless they begin with one.
@@ -109,20 +123,18 @@ def encode(
     has_template = getattr(tokenizer, "chat_template", None) is not None
     chat = has_template if config.chat is None else config.chat
     if (chat or config.system) and not has_template:
-        key = "prompts.chat = true" if config.chat else f"prompts.system = {config.system!r:.40}"
+        system = f"backend.prompts.system = {config.system!r:.40}"
+        key = "backend.prompts.chat = true" if config.chat else system
         raise UserError(f"{key}: this tokenizer has no chat template; allowed: false or null")
     found = {}
     for prompt in prompts:
         if len(prompt.messages) > 1 and not chat:
             raise UserError(
-                f"prompts: {prompt.text!r:.80} has {len(prompt.messages)} messages, which need a "
-                "chat template; this tokenizer has none, or prompts.chat = false"
+                f"{prompt.named} has {len(prompt.messages)} messages, which need a chat template; "
+                "this tokenizer has none, or backend.prompts.chat = false"
             )
         ids = _chat(tokenizer, prompt, config) if chat else tokenizer(prompt.text).input_ids
-        if not ids or len(ids) > limit:
-            raise UserError(
-                f"prompts: {prompt.text!r:.80} has {len(ids)} tokens; allowed: 1 to {limit}"
-            )
+        room.refuse(prompt, len(ids))
         found[prompt.id] = Encoded.of_text(list(ids))
     return found
 
@@ -144,8 +156,8 @@ def _written(message: Mapping[str, Any], prompt: Prompt) -> str:
     for part in parts:
         if not isinstance(part.get("text"), str):
             raise UserError(
-                f"prompts: {prompt.text!r:.80} has a part of type {part.get('type')!r} in its "
-                "messages; a text model reads text only"
+                f"{prompt.named} has a part of type {part.get('type')!r} in its messages; a text "
+                "model reads text only"
             )
     return "\n".join(part["text"] for part in parts)
 

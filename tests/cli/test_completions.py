@@ -64,7 +64,7 @@ def test_groups_of_unlike_sizes_keep_their_own_numbers(tmp_path):
     scores = [combined_scores(g, spec, o) for g, o in zip(groups, outcomes, strict=True)]
     for most, expected in ((6, "1.0 3.0 3.1 3.2 2.0 2.1"), (3, "1.0")):
         files = CompletionFiles(
-            folder=tmp_path, accelerator=Accelerator(cpu=True), image_column=None, max_rows=most
+            folder=tmp_path, accelerator=Accelerator(cpu=True), image_columns=(), max_rows=most
         )
         files.write("step", 1, groups, scores, torch.arange(6.0))
         found = pd.read_parquet(tmp_path / "step-000001.parquet")

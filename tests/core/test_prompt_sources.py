@@ -14,6 +14,7 @@ from mmrl.errors import UserError
 from mmrl.prompts import _tables
 from mmrl.prompts.dataset import content_id, load_prompts
 from mmrl.resolve import optional
+from mmrl.types import Prompt
 
 datasets = pytest.importorskip("datasets")
 
@@ -52,6 +53,18 @@ def test_ids_of_jsonl_prompts_never_change(tmp_path):
     (prompt,) = load(path)
     assert prompt.id == "be3c568dbfc3513b"
     assert prompt.messages == ()
+
+
+def test_prompts_know_their_rows(tmp_path):
+    """Where they stand is said in messages, and no part of what they are."""
+    lines = write(tmp_path / "a.jsonl", [ROWS[0], ROWS[0], ROWS[1]])
+    assert [p.where for p in load(lines)] == [f"prompts.source: {lines}:{i}" for i in (1, 3)]
+    table = write(tmp_path / "a.parquet", ROWS)
+    assert load(table)[1].where == f"prompts.source: {table}: row 2"
+    assert load(table)[1].named == f"prompts.source: {table}: row 2: prompt 'two and two'"
+    (prompt, _) = load_prompts({"sums": table}, "prompts.source")
+    assert prompt.where == f"prompts.source.sums: {table}: row 1"
+    assert Prompt(id="", text="typed in").named == "prompt 'typed in'"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])

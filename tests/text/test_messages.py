@@ -7,7 +7,7 @@ from tiny_text import tokenizer
 
 from mmrl.errors import UserError
 from mmrl.text.config import PromptConfig
-from mmrl.text.loading import encode
+from mmrl.text.loading import Room, encode
 from mmrl.types import Prompt
 
 TALK = (
@@ -25,7 +25,7 @@ def words(messages, text="not down", **config):
     """What the model reads."""
     names = tokenizer()
     prompt = Prompt(id="p", text=text, messages=messages)
-    return names.decode(encode(names, [prompt], PromptConfig(**config), 99)["p"].ids)
+    return names.decode(encode(names, [prompt], PromptConfig(**config), Room(99, ""))["p"].ids)
 
 
 def test_messages_go_into_the_template():

@@ -12,7 +12,7 @@ from mmrl.errors import UserError
 from mmrl.schema import validate
 from mmrl.text.config import Config, PromptConfig
 from mmrl.text.estimate import describe, estimate_memory
-from mmrl.text.loading import encode, load_tokenizer
+from mmrl.text.loading import Room, encode, load_tokenizer
 from mmrl.types import Prompt
 from mmrl.weights import trainable
 
@@ -71,16 +71,27 @@ def test_a_chat_template_that_is_missing(tmp_path, folders, prompts):
 
 
 def test_prompts_that_are_too_long(folders):
-    with pytest.raises(UserError, match="has 13 tokens; allowed: 1 to 12"):
+    message = r"'add two .*' has 13 tokens; allowed: 1 to 12 \(backend\.prompts\.max_tokens\)"
+    with pytest.raises(UserError, match=message):
         make_backend(folders["qwen3"], prompts={"max_tokens": 12})
-    with pytest.raises(UserError, match="allowed: 1 to 8"):
-        make_backend(folders["qwen3"], {"max_tokens": 120})
+    message = r"1 to 8 \(the model's 128 positions less backend\.rollout\.max_tokens = 120\)"
+    for own in (None, 9):
+        with pytest.raises(UserError, match=message):
+            make_backend(folders["qwen3"], {"max_tokens": 120}, prompts={"max_tokens": own})
 
 
 def test_an_empty_prompt(folders):
     tokenizer = load_tokenizer(str(folders["qwen3"]))
     with pytest.raises(UserError, match="has 0 tokens"):
-        encode(tokenizer, [Prompt(id="e", text="")], PromptConfig(chat=False), 9)
+        encode(tokenizer, [Prompt(id="e", text="")], PromptConfig(chat=False), Room(9, ""))
+
+
+def test_the_row_of_a_prompt_is_named(folders):
+    tokenizer = load_tokenizer(str(folders["qwen3"]))
+    prompt = Prompt(id="e", text="go up", where="prompts.source: a.jsonl:7")
+    words = r"^prompts\.source: a\.jsonl:7: prompt 'go up' has 2 tokens; allowed: 1 to 1 \(key\)"
+    with pytest.raises(UserError, match=words):
+        encode(tokenizer, [prompt], PromptConfig(chat=False), Room(1, "key"))
 
 
 def test_an_unknown_prompt_is_named(folders):

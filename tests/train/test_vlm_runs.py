@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from test_text_runs import close, config
 from toy.run import ROOT, column, launch, metrics_of, weights_of
 
 from mmrl.config import parse
+from mmrl.errors import UserError
+from mmrl.preflight import describe
 from mmrl.runner import train
 from mmrl.types import Prompt
 
@@ -91,6 +94,49 @@ def test_a_resumed_run_is_bit_identical(model, family, folder, unbroken):
     assert metrics_of(cut) == metrics_of(unbroken)
     left, right = weights_of(unbroken), weights_of(cut)
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_column_of_trl(model, family, tmp_path, capsys):
+    """Its image reaches the completions; a run without images or videos says so."""
+    short = ("training.num_steps=1", "training.prompts_per_step=1", "evaluation.max_prompts=1")
+    data = vlm_config(model, family, tmp_path, *short)
+    prompts = save_pictures(tmp_path)
+    write_prompts(data, [replace(prompts[0], columns={"image": prompts[0].columns["images"]})])
+    run = train(parse(data | named(tmp_path, family, "image")))
+    found = str(run / "completions" / "step-000001.parquet")
+    rows = Dataset.from_parquet(found, cache_dir=str(tmp_path / "cache"))
+    assert [len(row["images"]) for row in rows] == [1] * len(rows)
+    assert "image" not in rows.column_names
+    assert "no prompt has an image" not in capsys.readouterr().out
+    write_prompts(data, prompts[2:])
+    assert "no prompt has an image" in dict(describe(parse(data)))["note"]
+    train(parse(data | named(tmp_path, family, "text")))
+    assert "prompts.source: no prompt has an image or a video" in unwrapped(capsys)
+
+
+def test_a_missing_image_is_found_by_check(model, family, tmp_path):
+    data = vlm_config(model, family, tmp_path)
+    prompts = save_pictures(tmp_path)
+    lost = replace(prompts[1], columns={"images": [prompts[0].columns["images"], "lost.png"]})
+    write_prompts(data, [prompts[0], lost, prompts[2]])
+    data |= {"evaluation": data["evaluation"] | {"source": None}}
+    source = data["prompts"]["source"]
+    words = rf"^prompts\.source: {source}:2: prompt 'add .*images' names 'lost\.png'"
+    with pytest.raises(UserError, match=words):
+        describe(parse(data))
+    held_out = tmp_path / "held-out.jsonl"
+    Path(source).rename(held_out)
+    write_prompts(data, prompts)
+    data |= {"evaluation": data["evaluation"] | {"source": str(held_out)}}
+    with pytest.raises(UserError, match=rf"^evaluation\.source: {held_out}:2: .*'lost\.png'"):
+        describe(parse(data))
+    data["evaluation"]["max_prompts"] = 1  # the others are not looked at
+    describe(parse(data))
+
+
+def unwrapped(capsys) -> str:
+    """What was printed, without the terminal's breaks of lines."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 @per_family

@@ -211,15 +211,19 @@ def test_videos_stand_where_the_text_has_marks_or_before_it():
         ("nowhere.mp4", "names 'nowhere.mp4', which is no file"),
         (["nowhere.png", "there.png"], "names 'nowhere.png', which is no file"),
         ([[]], "has a video without frames"),
-        ([picture("red", 56, 56), picture("red", 112, 56)], "cannot be read: .* equal size"),
-        ([{"url": "x"}], "cannot be read: .* neither a picture nor a path"),
+        (
+            [picture("red", 56, 56), picture("red", 112, 56)],
+            "read, list of 2: .* equal size",
+        ),
+        ([{"url": "x"}], "cannot be read, list of 1: .* neither a picture nor a path"),
         ("https://host/film.mp4", "names 'https://host/film.mp4', which is no file"),
-        (7, "cannot be read: 7 is neither a path nor a list of pictures"),
+        (7, "cannot be read, int: 7 is neither a path nor a list of pictures"),
     ],
 )
 def test_what_is_no_video(folders, family, value, message):
     prompt = Prompt(id="x", text="go up", columns={"videos": value})
-    with pytest.raises(UserError, match=f"videos.column = 'videos': prompt 'go up' .*{message}"):
+    place = "prompt 'go up': backend.videos.column = 'videos'"
+    with pytest.raises(UserError, match=f"{place} .*{message}"):
         backend_of(folders, family, [prompt], videos={"min_pixels": 784, "max_pixels": 20000})
 
 
@@ -227,7 +231,7 @@ def test_what_is_no_video(folders, family, value, message):
 def test_a_file_that_cannot_be_read(tmp_path, name, ending):
     path = tmp_path / name
     path.write_text("no video")
-    with pytest.raises(UserError, match="prompt 'go up' has a video that cannot be read"):
+    with pytest.raises(UserError, match=r"prompt 'go up': .* has a video that cannot be read, "):
         video_of(str(path) if ending == "mp4" else [str(path)])
 
 
@@ -236,6 +240,6 @@ def test_a_file_that_was_cut(tmp_path):
     save_video(path, each=40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(
-        UserError, match=r"cannot be read: .* ends before the 120 frames that it has"
+        UserError, match=r"cannot be read, '.*film.avi': .* ends before the 120 frames that it has"
     ):
         video_of(str(path))

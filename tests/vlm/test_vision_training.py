@@ -139,7 +139,7 @@ def test_training_nothing_is_refused(folders, films, family):
     with pytest.raises(UserError, match=r"train_vision = true, but .*\['q_proj'\] names nothing"):
         trained_backend(folders, family, films, lora)
     text = [Prompt(id="t", text="go up", columns={"images": []})]
-    with pytest.raises(UserError, match=r"no prompt has one of the columns \('images', 'videos'\)"):
+    with pytest.raises(UserError, match=r"no prompt has one of the columns \('images', 'image', "):
         trained_backend(folders, family, text, LORA)
 
 

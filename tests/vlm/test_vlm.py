@@ -20,8 +20,9 @@ from mmrl.resolve import resolve
 from mmrl.text.layout import lay_out
 from mmrl.types import Prompt
 from mmrl.weights import trainable
+from vlm.config import ImageConfig
 from vlm.encoding import conversation
-from vlm.images import open_image
+from vlm.images import images_in, open_image
 
 WAYS = pytest.mark.parametrize("update", ["shared_prompt", "packed", "padded"])
 LOGP = frozenset({"logp"})
@@ -231,8 +232,8 @@ def test_images_stand_where_the_text_has_marks_or_before_it():
     marked = Prompt(id="", text="a <image> b <image>")
     assert kinds(marked, 2) == [["text", "image", "text", "image"]]
     assert kinds(Prompt(id="", text="a"), 2) == [["image", "image", "text"]]
-    with pytest.raises(UserError, match="has places for 1 images and 2 images"):
-        conversation(Prompt(id="", text="<image> a"), 2)
+    with pytest.raises(UserError, match=r"^a:7: prompt '<image> a' has places for 1 .* 2 images"):
+        conversation(Prompt(id="", text="<image> a", where="a:7"), 2)
 
 
 def test_images_of_a_conversation():
@@ -275,27 +276,61 @@ def test_a_column_that_no_prompt_has(folders, prompts, family):
     make_config(folders[family], family).refuse_prompts([Prompt(id="", text="no pictures")])
 
 
+def test_an_image_in_the_column_of_trl_is_seen(folders, prompts, family):
+    path = prompts[0].columns["images"]
+    alone = Prompt(id="alone", text="go up", columns={"image": path})
+    backend = make_backend(folders[family], family, [prompts[0], alone])
+    for name, value in backend._prompts["one"].inputs.items():
+        torch.testing.assert_close(backend._prompts["alone"].inputs[name], value)
+    assert backend._prompts["alone"].ids == backend._prompts["one"].ids
+
+
+def test_the_column_of_trl_is_not_read_beside_another():
+    prompt = Prompt(id="", text="", columns={"image": "a.png", "images": None})
+    assert images_in(prompt, ImageConfig()) == []
+    assert images_in(Prompt(id="", text="", columns={"image": "a.png"}), ImageConfig()) == ["a.png"]
+    assert images_in(prompt, ImageConfig(column="picture")) == []
+
+
+def test_prompts_without_anything_to_look_at_are_said(folders, prompts, family):
+    config = make_config(folders[family], family)
+    (note,) = config.prompt_notes([Prompt(id="", text="up", columns={"photo": "a.png"})], "here")
+    assert "here: no prompt has an image or a video (columns 'images', 'image', 'videos'" in note
+    assert config.prompt_notes(prompts, "here") == []
+    film = Prompt(id="", text="", columns={"videos": "a.mp4"})
+    assert config.prompt_notes([film], "here") == []
+
+
 def test_an_unknown_family_is_named_with_its_key():
     with pytest.raises(UserError, match=r"backend.model.family: unknown name 'qwen3_v'.*qwen3_vl"):
         resolve("vision_models", "qwen3_v")
 
 
 def test_an_image_that_is_not_there(folders, family):
-    prompt = Prompt(id="x", text="go up", columns={"images": "nowhere.png"})
-    with pytest.raises(UserError, match=r"'go up' names 'nowhere.png', which is no file"):
-        make_backend(folders[family], family, [prompt])
+    for entry in ("nowhere.png", {"bytes": None, "path": "nowhere.png"}):
+        prompt = Prompt(id="x", text="go up", columns={"images": entry}, where="here.jsonl:7")
+        with pytest.raises(UserError) as caught:
+            make_backend(folders[family], family, [prompt])
+        assert str(caught.value).startswith(
+            "here.jsonl:7: prompt 'go up': backend.images.column = 'images' names 'nowhere.png', "
+            "which is no file"
+        )
 
 
 def test_an_image_that_cannot_be_read(folders, family, tmp_path):
     path = tmp_path / "broken.png"
     path.write_text("no picture")
-    prompt = Prompt(id="x", text="go up", columns={"images": [str(path)]})
-    with pytest.raises(UserError, match=r"'go up' has an image that cannot be read"):
+    prompt = Prompt(id="x", text="go up", columns={"image": [str(path)]}, where="here.jsonl:7")
+    with pytest.raises(UserError) as caught:
         make_backend(folders[family], family, [prompt])
+    assert str(caught.value).startswith(
+        "here.jsonl:7: prompt 'go up': backend.images.column = 'image' has an image that cannot "
+        f"be read, {str(path)!r}: cannot identify"
+    )
 
 
 def test_prompts_that_are_too_long(folders, prompts, family):
-    with pytest.raises(UserError, match="has 13 tokens; allowed: 12"):
+    with pytest.raises(UserError, match=r"tokens; allowed: 1 to 12 \(backend\.prompts\.max"):
         make_backend(folders[family], family, prompts, limit=12)
 
 

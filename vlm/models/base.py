@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmrl.errors import UserError
 from mmrl.sharding import is_split
+from mmrl.types import Prompt
 from vlm.encoding import text_positions
 
 
@@ -65,9 +66,11 @@ class Family:
         # a video may lie beyond the text behind it, from which transformers goes on all the same.
         return positions[:, 0], int(positions[0, 0, -1]) + 1
 
-    def refuse_mismatch(self, ids: Sequence[int], inputs: Mapping[str, Tensor], text: str) -> None:
-        """``UserError`` unless tokens of a prompt ``text`` and a completion have places for as many
-        features as its pictures become.
+    def refuse_mismatch(
+        self, ids: Sequence[int], inputs: Mapping[str, Tensor], prompt: Prompt
+    ) -> None:
+        """``UserError`` unless tokens of a prompt and a completion have places for as many features
+        as its pictures become.
         """
         config = self._network.config
         merged = config.vision_config.spatial_merge_size**2
@@ -77,8 +80,8 @@ class Family:
             places = list(ids).count(getattr(config, f"{kind}_token_id"))
             if places != features:
                 raise UserError(
-                    f"prompts: {text!r:.80} has {places} {kind} tokens for {features} features of "
-                    f"its {kind}s"
+                    f"{prompt.named} has {places} {kind} tokens for {features} features of its "
+                    f"{kind}s"
                 )
 
     def forbidden(self) -> tuple[int, ...]:
