@@ -6,6 +6,7 @@ Imports are read from source, wherever they stand in a file, so a late import is
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from mmrl.resolve import KINDS, names
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmrl", "diffusion", "rewards", "vlm")
@@ -146,6 +149,73 @@ def test_a_wrong_import_is_noticed(name, imported):
 )
 def test_a_right_import_is_allowed(name, imported):
     assert violations(name, [imported]) == []
+
+
+# A new family of models is a file in `diffusion/models` or `vlm/models`, and nothing else
+
+FAMILIES = {
+    **{name.replace("_", ""): name for kind in ("models", "vision_models") for name in names(kind)},
+    "stablediffusion3": "sd3",
+}
+"""Family by what is in all names that libraries and configurations have for it, without signs."""
+HOMES = (KINDS["models"], KINDS["vision_models"])
+NAMED_ELSEWHERE = {
+    "diffusion.card": {"sd3"},  # the default again, for a file that leaves it out
+    "diffusion.config": {"sd3"},  # the default
+    "mmrl.doctor": {"sd3"},  # a class by which it sees that diffusers can be imported
+    "vlm.config": {"qwen2_5_vl"},  # the default
+}
+"""Module -> families: known exceptions, to which a further family adds nothing."""
+
+
+def words(tree: ast.Module) -> Iterator[str]:
+    """Names and strings of code: neither comments nor docstrings nor ``description=`` texts."""
+    skipped = set[ast.AST]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            skipped.add(node.value)
+        elif isinstance(node, ast.keyword) and node.arg == "description":
+            skipped |= set(ast.walk(node.value))
+    for node in ast.walk(tree):
+        if node not in skipped:
+            texts = (value for _, value in ast.iter_fields(node))
+            yield from (text for text in texts if isinstance(text, str))
+
+
+def families_in(tree: ast.Module) -> set[str]:
+    said = {re.sub("[^a-z0-9]", "", word.lower()) for word in words(tree)}
+    return {name for part, name in FAMILIES.items() if any(part in word for word in said)}
+
+
+def test_families_of_models_are_named_in_their_own_files_alone():
+    assert {"flux", "qwen_image", "sd3", "qwen2_5_vl", "qwen3_vl"} <= set(FAMILIES.values())
+    named = {
+        module_name(path): families_in(tree_of(path))
+        for path in FILES
+        if not any(within(module_name(path), home) for home in HOMES)
+    }
+    assert {module: found for module, found in named.items() if found} == NAMED_ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if family == 'qwen3_vl':\n    pass",
+        "from transformers import Qwen3VLForConditionalGeneration",
+        "import transformers as t\nmodel = t.Qwen3VLConfig()",
+        "def read_qwen3_vl(x):\n    return x",
+        "print(f'Qwen3-VL has {n} layers')",
+        "from vlm.models.qwen3_vl import load",
+        "f(qwen3_vl=1)",
+    ],
+)
+def test_a_named_family_is_noticed(code):
+    assert families_in(ast.parse(code)) == {"qwen3_vl"}
+
+
+def test_documentation_may_name_families():
+    code = '"""As Flux."""\n# SD3\nX = Field(1, description="Qwen-Image: " "2.")\n"""SD3."""\n'
+    assert not families_in(ast.parse(code))
 
 
 def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
