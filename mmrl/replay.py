@@ -13,7 +13,7 @@ from mmrl.backend import Backend
 from mmrl.config import RunConfig
 from mmrl.distributed import gather_items
 from mmrl.needs import needs_of
-from mmrl.preflight import Gaps, clip_range, refuse_gaps
+from mmrl.replay_gaps import Gaps, clip_range, refuse_gaps
 from mmrl.types import Advantages, Anchor, PolicyTerms, RolloutGroup, Tempering, UpdateBatch
 from mmrl.windows import MicroBatch, Sample, Window
 

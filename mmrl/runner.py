@@ -40,6 +40,7 @@ from mmrl.metrics import MetricsFile
 from mmrl.needs import needs_of_run
 from mmrl.progress import Display, make_display
 from mmrl.prompts.dataset import content_id
+from mmrl.replay_gaps import gap_line
 from mmrl.resolve import backend_module
 from mmrl.rollouts import Trainable, make_requests
 from mmrl.run_folder import COMPLETIONS, flatten
@@ -175,7 +176,7 @@ class Loop:
             checked = self.trainer.replay_gap is not None
             values = self.trainer.step()
             if not checked and self.trainer.replay_gap is not None:
-                self.display.note(preflight.gap_line(self.trainer.replay_gap))
+                self.display.note(gap_line(self.trainer.replay_gap))
             done += 1
             self._log(done, values)
             self.display.step(done, values)

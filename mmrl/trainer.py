@@ -40,8 +40,9 @@ from mmrl.loss_parts import (
 from mmrl.metrics import Means
 from mmrl.modulation import modulated, taught
 from mmrl.needs import asks_survey
-from mmrl.preflight import Gaps, micro_batch_shape
+from mmrl.preflight import micro_batch_shape
 from mmrl.replay import Anchors, Replay
+from mmrl.replay_gaps import Gaps
 from mmrl.rollouts import (
     Batch,
     Trainable,

@@ -16,7 +16,7 @@ from benchmarks.gpu_models import (
     requests_for,
 )
 from diffusion.attention import available_backends
-from mmrl.preflight import refuse_gap
+from mmrl.replay_gaps import refuse_gap
 from mmrl.weights import trainable
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ from test_recipes import ROOT, short
 from diffusion.backend import DiffusionBackend
 from mmrl.config import load
 from mmrl.errors import UserError
-from mmrl.preflight import Gaps, gap_line, refuse_gap, refuse_gaps
+from mmrl.replay_gaps import Gaps, gap_line, refuse_gap, refuse_gaps
 from mmrl.runner import make_trainer, open_session
 
 
