@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import demonstrations, facts
+from mmrl import demonstrations, facts, targets
 from mmrl.config import Part, RunConfig
 from mmrl.divergences import ESTIMATORS
 from mmrl.errors import UserError
@@ -396,8 +396,8 @@ def load_prompt_sets(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     own = keys if config.evaluation.keys is None else config.evaluation.keys
     evaluation = load_prompts(source, "evaluation.source", own, template) if source else []
     refuse_unknown_tasks(judges if evaluation else [], evaluation, "evaluation.rewards")
-    refuse_missing_columns(config.rewards, training, "rewards")
-    refuse_missing_columns(judges, evaluation, "evaluation.rewards")
+    targets.refuse_missing_columns(config.rewards, training, "rewards")
+    targets.refuse_missing_columns(judges, evaluation, "evaluation.rewards")
     evaluation = evaluation[: config.evaluation.max_prompts]
     refuse_missing_files = getattr(config.backend.config, "refuse_missing_files", None)
     if refuse_missing_files is not None:
@@ -410,8 +410,10 @@ def prompt_notes(
 ) -> list[str]:
     """What a person should know of the prompts though the run can do without it."""
     of_backend = getattr(config.backend.config, "prompt_notes", None)
+    judges, key = config.evaluation.rewards, "evaluation.rewards"
+    found = targets.notes(config.rewards, training, "rewards")
+    found += targets.notes(judges or config.rewards, evaluation, key if judges else "rewards")
     sets = {"prompts.source": training, "evaluation.source": evaluation}
-    found = []
     for key, prompts in sets.items():
         if prompts and of_backend is not None:
             found += of_backend(prompts, key)
@@ -426,22 +428,6 @@ def refuse_unknown_tasks(specs: Sequence[RewardSpec], prompts: Sequence[Prompt],
             if task not in known:
                 hint = nearest(task, known) if known else f"they have no column {TASK!r}"
                 raise UserError(f"{key}[{i}].tasks: no prompt has the task {task!r}; {hint}")
-
-
-def refuse_missing_columns(
-    specs: Sequence[RewardSpec], prompts: Sequence[Prompt], key: str
-) -> None:
-    """``UserError`` for a column without which a reward scores none of its prompts."""
-    for i, spec in enumerate(specs):
-        judged = [prompt for prompt in prompts if spec.judges(prompt)]
-        known = sorted({name for prompt in judged for name in prompt.columns})
-        for column in getattr(spec.config, "reads", ()):
-            if judged and column not in known:
-                hint = nearest(column, known) if known else "they have `prompt` only"
-                raise UserError(
-                    f"{key}[{i}]: {spec.label!r} reads the column {column!r}, which no prompt has; "
-                    f"{hint}"
-                )
 
 
 def describe(config: RunConfig) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -68,6 +68,16 @@ class Config(StrictModel):
         description="processes that score samples side by side, each in a call of its own, with "
         "lists of one where the function takes lists; null: all in this process",
     )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns without which nothing is scored."""
+        return (self.target,) if self.signature in ("verl", "easyr1") else ()
+
+    def read(self, columns: Mapping[str, Any]) -> Any:
+        """The ground truth of a prompt, ``None`` where there is none."""
+        of_one = {name: [value] for name, value in columns.items()}
+        return _signatures.ground_truths(of_one, self.target, 1)[0]
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -86,12 +86,12 @@ class TextBackend:
     ) -> None:
         """``prompts``: by their ids.  ``keeps_reference``: for ``logp_ref``.  ``attention``: what
         ``mmrl.text.kernels.choose`` says.  ``saved``: what goes with the exported weights in place
-        of the tokenizer.  ``forbidden``: ids never sampled.  ``demonstrations``: completions of
-        training prompts, in place of samples.
+        of the tokenizer.  ``forbidden``: ids never sampled, though scores count their probability.
+        ``demonstrations``: completions of training prompts, in place of samples.
         """
         self.config = config
         self.attention = attention
-        self.notes = _notes(config, attention)
+        self.notes = _notes(config, attention, forbidden)
         self.model: nn.Module = Policy(network)
         self._network = network
         self._tokenizer = tokenizer
@@ -419,7 +419,7 @@ def autocast(network: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
     return torch.autocast(device_of(network).type, dtype, enabled=half, cache_enabled=False)
 
 
-def _notes(config: Config, attention: Availability) -> tuple[str, ...]:
+def _notes(config: Config, attention: Availability, forbidden: Sequence[int]) -> tuple[str, ...]:
     notes = [
         f"update: {config.update}",
         f"attention: {attention.name} ({attention.reason})",
@@ -430,6 +430,12 @@ def _notes(config: Config, attention: Availability) -> tuple[str, ...]:
         notes.append(
             f"rollout.top_k = {config.rollout.top_k}, top_p = {config.rollout.top_p}: samples come "
             "from another distribution than the one that is trained"
+        )
+    if forbidden:
+        notes.append(
+            f"{len(forbidden)} tokens that stand for images and videos are never sampled: where "
+            "the model gives them probability, samples come from another distribution than the "
+            "one that is trained"
         )
     return tuple(notes)
 

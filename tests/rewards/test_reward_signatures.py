@@ -14,6 +14,8 @@ import torch
 
 from mmrl.errors import UserError
 from mmrl.schema import validate
+from mmrl.targets import notes, refuse_missing_columns
+from mmrl.types import Prompt
 from rewards import python
 from rewards.combine import Scorer, parse_specs, scored
 
@@ -240,6 +242,26 @@ def test_easyr1_lengths_are_decisions_of_the_rollout(group):
 
 def test_coroutines_with_our_own_signature():
     assert build("plain", "mmrl")(["p"] * 2, ["a", "b"]) == [3, 3]
+
+
+def test_prompts_without_a_ground_truth_are_known_before_training():
+    def prompts(*columns):
+        return [Prompt(id="", text="p", columns=c, where=f"a:{i}") for i, c in enumerate(columns)]
+
+    entry = {"name": "theirs.compute_score", "signature": "verl"}
+    specs = parse_specs([entry])
+    nested = {"reward_model": {"ground_truth": "a"}}
+    refuse_missing_columns(specs, prompts(nested, {}), "rewards")
+    (note,) = notes(specs, prompts(nested, {}, {"ground_truth": ""}), "rewards")
+    assert "'ground_truth' is empty or missing in 2 of 3 prompts" in note
+    assert note.endswith("first in a:1: prompt 'p'")
+    with pytest.raises(UserError, match=r"'ground_truth', which no prompt has; .*truth"):
+        refuse_missing_columns(specs, prompts({"truth": "a"}), "rewards")
+    specs = parse_specs([entry | {"target": "answer"}])
+    with pytest.raises(UserError, match=r"'answer', which is empty in each of its 2 .* a:0: "):
+        refuse_missing_columns(specs, prompts({"answer": ""}, {}), "rewards")
+    trl = parse_specs([{"name": "theirs.trl_slow", "signature": "trl"}])
+    assert notes(trl, prompts({}), "rewards") == []
 
 
 def test_in_a_scorer(group):

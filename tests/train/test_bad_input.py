@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from mmrl.checkpoint import found
 from mmrl.cli import app
-from mmrl.config import parse
+from mmrl.config import apply_overrides, parse
 from mmrl.errors import UserError
-from mmrl.preflight import refuse_unless_consistent
+from mmrl.preflight import load_prompt_sets, prompt_notes, refuse_unless_consistent
 from mmrl.prompts.dataset import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +110,52 @@ def test_malformed_prompts_name_the_line(tmp_path, content, message):
     result = run_cli(tmp_path, f"prompts.source={path}")
     assert result.exit_code == 2
     assert message in result.output.replace("\n", "")
+
+
+def with_answers(folder: Path, *answers, **more) -> str:
+    """An override: prompts with these answers, ``...`` where there is no such column."""
+    rows = [
+        {"prompt": f"go to {i}", "target": 1.0, **more} | ({} if a is ... else {"answer": a})
+        for i, a in enumerate(answers)
+    ]
+    path = folder / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"source={path}"
+
+
+EXACT = "[{name: toy.rewards.near_target}, {name: exact_match, weight: 0}]"
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", []])
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_column_that_is_empty_in_every_prompt_is_refused(tmp_path, empty, command):
+    source = with_answers(tmp_path, *[empty] * 5, text="5")
+    result = run_cli(tmp_path, f"prompts.{source}", f"rewards={EXACT}", command=command)
+    assert result.exit_code == 2, result.output
+    text = " ".join(result.output.split())
+    assert "rewards[1]: 'exact_match' reads the column 'answer', which is empty in each" in text
+    assert "answers.jsonl:1: prompt 'go to 0'; other columns: target, text" in text
+
+
+def test_prompts_without_what_a_reward_reads_are_counted(tmp_path):
+    both = EXACT[:-1] + ", {name: math_verify, weight: 0}]"
+    source = with_answers(tmp_path, "5", "", ..., None, "0")
+    overrides = (f"prompts.{source}", f"rewards={both}", f"evaluation.{source}")
+    config = parse(apply_overrides(toy_config(tmp_path), overrides))
+    training, evaluation = load_prompt_sets(config)
+    path = tmp_path / "answers.jsonl"
+    what = "column 'answer' is empty or missing in 3 of 5 prompts,"
+    assert prompt_notes(config, training, evaluation) == [
+        f"rewards: 'exact_match', 'math_verify': {what} first in {key}.source: {path}:2: prompt "
+        "'go to 1'"
+        for key in ("prompts", "evaluation")
+    ]
+    assert prompt_notes(config, training[:1], evaluation[-1:]) == []
+    for command in ("check", "train"):
+        result = run_cli(tmp_path, *overrides[:1], f"rewards={EXACT}", "training.num_steps=1",
+                         command=command)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert "empty or missing in 3 of 5 prompts" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("section", ["", "evaluation."])

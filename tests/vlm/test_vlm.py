@@ -166,6 +166,17 @@ def test_tokens_of_vision_are_never_sampled(folders, prompts, family):
     assert len(seen) > 30, "everything else is"
 
 
+def test_what_is_never_sampled_is_said_and_known_to_a_correction(folders, prompts, family):
+    """Scores are of all tokens; what the sampler found is of those that it may choose."""
+    backend = make_backend(folders[family], family, prompts, {"temperature": 2.0})
+    assert any("4 tokens that stand for images" in note for note in backend.notes)
+    batch = make_batch(backend, list(backend.rollout(make_requests(prompts=prompts))))
+    found = backend.evaluate(batch, frozenset({"logp", "logp_sampled"}))
+    gap = (found.logp_sampled - found.logp.detach())[batch.mask]
+    assert gap.min() > -1e-4, "no token is less likely without the forbidden ones"
+    assert gap.max() > 1e-2
+
+
 def test_the_tower_and_the_base_stay_as_they_are(folders, prompts, family):
     for lora in ({"rank": 4, "alpha": 8}, None):
         backend = make_backend(folders[family], family, prompts, model={"lora": lora})
