@@ -12,7 +12,7 @@ from mmrl.backend import Backend
 from mmrl.config import RunConfig
 from mmrl.distributed import deal, gather_items
 from mmrl.rollouts import assemble, collect_scores, make_requests
-from mmrl.types import Prompt, RolloutGroup
+from mmrl.types import Moment, Prompt, RolloutGroup
 from rewards.combine import GroupScores, Scorer
 
 # No training step has this number, so evaluation noise never coincides with training noise.
@@ -36,10 +36,16 @@ def evaluate_held_out(
     backend: Backend,
     prompts: Sequence[Prompt],
     scorer: Scorer,
+    moment: Moment | None = None,
 ) -> Evaluation:
-    """Draw ``samples_per_prompt`` samples of each prompt with averaged weights and judge them."""
+    """Draw ``samples_per_prompt`` samples of each prompt with averaged weights and judge them.
+
+    ``moment``: where in a run that is.
+    """
     section = config.evaluation
-    requests = make_requests(prompts, section.samples_per_prompt, section.seed, EVALUATION_STREAM)
+    requests = make_requests(
+        prompts, section.samples_per_prompt, section.seed, EVALUATION_STREAM, moment
+    )
     shares = deal(len(requests), accelerator.process_index, accelerator.num_processes)
     shown, wanted = [], spread(len(requests), section.grid_prompts)
     with backend.averaged():

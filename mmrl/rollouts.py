@@ -17,16 +17,23 @@ from mmrl.distributed import agree_or_raise, deal, gather_items, owner
 from mmrl.errors import UserError
 from mmrl.metrics import Means
 from mmrl.sharding import is_split
-from mmrl.types import Outcome, Prompt, RolloutGroup, RolloutRequest, Scores
+from mmrl.types import Moment, Outcome, Prompt, RolloutGroup, RolloutRequest, Scores
 from rewards.combine import TIMED_OUT, GroupScores, RewardSpec, Scorer
+
+STATISTICS = ("mean", "std", "scored", "failed")
+"""What ``summary`` says of every reward."""
 
 
 def make_requests(
-    prompts: Sequence[Prompt], sizes: int | Sequence[int], seed: int, stream: int
+    prompts: Sequence[Prompt],
+    sizes: int | Sequence[int],
+    seed: int,
+    stream: int,
+    moment: Moment | None = None,
 ) -> list[RolloutRequest]:
     """One request for each prompt, numbered in order; samples of a repeated one count on.
 
-    ``sizes``: samples of every group, or of each.
+    ``sizes``: samples of every group, or of each.  ``moment``: where in a run they are asked for.
     """
     before: Counter[str] = Counter()
     requests = []
@@ -40,6 +47,7 @@ def make_requests(
                 stream=stream,
                 index=index,
                 first_sample=before[prompt.id],
+                moment=moment,
             )
         )
         before[prompt.id] += size
@@ -155,9 +163,10 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
     """Reward statistics of a step under TRL's keys; failures are counted, never hidden.
 
     ``rewards/NAME/scored``: of the samples that the reward was asked about, the share it gave a
-    number; absent where it was asked about none.
+    number; absent where it was asked about none.  Metrics of a reward's own: ``logged_by_rewards``.
     """
     values = {"reward": _mean(scores.combined[scores.valid])} if scores.by_name else {}
+    values |= logged_by_rewards(collected)
     for name, raw in scores.by_name.items():
         finite = raw[torch.isfinite(raw)]
         values[f"rewards/{name}/mean"] = _mean(finite)
@@ -173,6 +182,20 @@ def summary(scores: Scores, collected: Sequence[GroupScores]) -> dict[str, float
         values["invalid_samples"] = float((~scores.valid).sum())
     values["num_samples"] = float(len(scores.combined))
     return values
+
+
+def logged_by_rewards(collected: Sequence[GroupScores]) -> dict[str, float]:
+    """``rewards/NAME/METRIC``: means over the calls in which a reward logged a metric of its own.
+
+    One that is called like a statistic of ``summary`` is ``rewards/NAME/own_METRIC``.
+    """
+    means = Means()
+    for group in collected:
+        for label, entries in group.logged.items():
+            for name, value in entries:
+                own = f"own_{name}" if name in STATISTICS else name
+                means.add({f"rewards/{label}/{own}": (value, 1.0)})
+    return means.result()
 
 
 def has_hung(collected: Sequence[GroupScores]) -> bool:

@@ -217,7 +217,12 @@ class Loop:
             return
         self.display.note("evaluating", transient=True)
         result = evaluate_held_out(
-            session.config, session.accelerator, session.backend, session.evaluation_prompts, judge
+            session.config,
+            session.accelerator,
+            session.backend,
+            session.evaluation_prompts,
+            judge,
+            self.trainer.moment,
         )
         step = self.trainer.progress.step
         self._log(step, result.metrics)

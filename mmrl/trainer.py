@@ -204,7 +204,9 @@ class Trainer:
         spent = Means()
         for first in range(0, len(self.prompts), size):
             chosen = self.prompts[first : first + size]
-            requests = make_requests(chosen, count, self.config.seed, REFRESH_STREAM - step)
+            requests = make_requests(
+                chosen, count, self.config.seed, REFRESH_STREAM - step, self.moment
+            )
             groups = self._roll_out(requests, spent)
             self._learn(groups, collect_scores(self.accelerator, self.scorer), requests)
         means.add({name: value for name, value in spent.metrics.items() if name == NUM_TOKENS})
@@ -261,7 +263,7 @@ class Trainer:
         budget = self.config.prompts.budget
         chosen, sizes = allocate(budget, chosen, training.group_size, self.progress.budget)
         self.progress = replace(self.progress, sampler=state)
-        return make_requests(chosen, sizes, seed, step)
+        return make_requests(chosen, sizes, seed, step, self.moment)
 
     def _scores(self, rolled: Trainable) -> Scores:
         names, scores = facts.read_by(self.config), assemble(rolled.scores)
@@ -315,14 +317,15 @@ class Trainer:
         return modulated(self.config.modulators, result, scores, self.progress.modulators)
 
     @property
-    def _moment(self) -> Moment:
+    def moment(self) -> Moment:
+        """The step that comes next, or is being made."""
         config = self.config
         steps = config.training.num_steps
         return Moment(step=self.progress.step, num_steps=steps, seed=config.seed)
 
     def _selected(self, scores: Scores, advantages: Advantages) -> Advantages:
         for part in self.config.selection:
-            advantages = part.module.select(advantages, scores, self._moment, part.config)
+            advantages = part.module.select(advantages, scores, self.moment, part.config)
         return advantages
 
     def _kept(
@@ -331,7 +334,7 @@ class Trainer:
         """Of this process's samples, the decisions that are trained, where not all of them are."""
         kept: selecting.Kept = {}
         for part in self.config.selection:
-            share = selecting.decision_share(part, self._moment)
+            share = selecting.decision_share(part, self.moment)
             if share < 1:
                 order = advantages.keep.nonzero()[:, 0].tolist()
                 windows = self._windows(rolled, scores, order, 1)
@@ -395,7 +398,7 @@ class Trainer:
         return replace(given, signals=signals, ahead=ahead)
 
     def _collated(self, rows: MicroBatch, given: Given) -> UpdateBatch:
-        progress = self._moment.progress
+        progress = self.moment.progress
         return self._replay.collate(rows, given.advantages, given.anchors, progress=progress)
 
     def _plan(

@@ -77,7 +77,8 @@ class RolloutRequest:
     prompt id and the sample index determine all noise, whatever process or micro-batch draws it.
     ``index`` is the position of the group among all groups of the step, over all processes.
     ``first_sample``: the number of its first sample, above 0 where earlier groups of the step have
-    the same prompt, so that no two samples share their noise.
+    the same prompt, so that no two samples share their noise.  ``moment``: where in a run it is
+    made, or ``None`` outside of one; rewards may read it, no sample depends on it.
     """
 
     prompt: Prompt
@@ -86,6 +87,7 @@ class RolloutRequest:
     stream: int
     index: int
     first_sample: int = 0
+    moment: Moment | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,9 @@ class RolloutGroup:
     log-probabilities under the sampling policy where the sampler knows them, else ``None``.
     ``mask`` [G, K] bool: decisions that exist and are trained.  ``everything`` [G, K] bool: those
     that exist, or ``None`` where all are trained.  ``truncated`` [G] bool: samples that were cut
-    off before they ended, or ``None`` where none was.  ``metrics``: what is logged of them.
+    off before they ended, or ``None`` where none was.  ``tokens``: ids of each sample without
+    padding, its end included, or ``None`` where samples have none.  ``metrics``: what is logged of
+    them.
     ``age``: steps since it was drawn.  Above 0 ``logp_old`` is what its samples are compared with,
     and nobody may ask for it again.
     """
@@ -109,6 +113,7 @@ class RolloutGroup:
     logp_old: Tensor | None = None
     everything: Tensor | None = None
     truncated: Tensor | None = None
+    tokens: Sequence[Sequence[int]] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     age: int = 0
 
@@ -132,6 +137,8 @@ class RolloutGroup:
         if self.truncated is not None:
             _check(self.truncated, "truncated", 1, torch.bool)
             require(len(self.truncated) == size, f"truncated has {len(self.truncated)} values")
+        if self.tokens is not None:
+            require(len(self.tokens) == size, f"tokens of {len(self.tokens)} samples, not {size}")
 
 
 @dataclass(frozen=True, kw_only=True)

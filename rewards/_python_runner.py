@@ -1,8 +1,8 @@
 """Run as a script by ``python`` with workers: calls a user's function, question by question.
 
 Questions are pickles: first where the function is, then the arguments of a call.  A line of JSON
-goes out for each call, with its ``value`` or its ``error``.  Imports nothing of this project, whose
-libraries take their time.
+goes out for each call, with its ``value`` and what it ``logged``, or its ``error``.  Imports
+nothing of this project, whose libraries take their time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from threading import Thread
 from typing import IO, Any
 
+MODULE = "rewards._python_runner"
+
 
 def main() -> None:
     """Says ``ready`` once the function is imported."""
+    sys.modules[MODULE] = sys.modules[__name__]  # what pickles call it
     questions, answers = _taken_streams()
     sys.path[:], name = pickle.load(questions)
     module, _, attribute = name.replace(":", ".").rpartition(".")
@@ -60,7 +63,8 @@ def _answer(function: Callable[..., Any], question: Any) -> str:
         args, kwargs = question
         value = function(*args, **kwargs)
         value = asyncio.run(_result(value)) if inspect.isawaitable(value) else value
-        return json.dumps({"value": value}, default=_plain)
+        logged = [entry for recorder in recorders(kwargs) for entry in recorder.entries]
+        return json.dumps({"value": value, "logged": logged}, default=_plain)
     except BaseException as error:  # sys.exit() too
         return json.dumps({"error": f"{type(error).__name__}: {error}"})
 
@@ -75,7 +79,26 @@ def _plain(value: Any) -> Any:
 
 
 def ignore(*args: Any, **kwargs: Any) -> None:
-    """In place of TRL's hooks for logging; here, since calls with it are pickled."""
+    """In place of TRL's ``log_extra``; here, since calls with it are pickled."""
+
+
+class Recorder:
+    """TRL's ``log_metric``: keeps what a function logs.  Pickled it is empty."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, float]] = []
+
+    def __call__(self, name: str, value: float) -> None:
+        """``TypeError`` or ``ValueError`` for a value that is not one number."""
+        self.entries.append((str(name), float(value)))
+
+    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
+        return Recorder, ()
+
+
+def recorders(kwargs: Mapping[str, Any]) -> list[Recorder]:
+    """Those among the arguments of a call."""
+    return [value for value in kwargs.values() if isinstance(value, Recorder)]
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrl.types import RolloutGroup
+from mmrl.types import Moment, RolloutGroup
 from rewards._answers import is_missing
-from rewards._python_runner import ignore
+from rewards._python_runner import Recorder, ignore
 from rewards._values import PartlyFailed
 
 Function = Callable[..., Any]
@@ -27,6 +28,9 @@ Samples = Sequence[Any]
 
 GROUP = "_group"
 """Keyword under which a reward with the attribute ``reads_group`` gets its ``RolloutGroup``."""
+
+METRICS = "_metrics"
+"""Keyword under which a reward with the attribute ``logs`` gets a ``Recorder`` for its metrics."""
 
 _LATE = object()
 
@@ -64,22 +68,36 @@ def accepted(function: Function, offered: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trl(function: Function, kwargs: Mapping[str, Any]) -> Function:
-    """``f(prompts=, completions=, completion_ids=None, **columns) -> list of float or None``.
+    """``f(prompts=, completions=, completion_ids=, **columns) -> list of float or None``.
 
     Where the prompt is a list of messages, so are ``prompts`` and ``completions``.
+    ``completion_ids``: a list of token ids for each, its end included, ``None`` where samples have
+    no tokens.  ``trainer_state`` has ``global_step``, the steps that are done, and ``max_steps``;
+    it is ``None`` outside of a run.  What goes to ``log_metric`` is logged as
+    ``rewards/<label>/<name>`` of a training step, the mean over its calls; what goes to
+    ``log_extra`` is dropped.
     """
 
     def reward(prompts: Samples, outputs: Samples, **columns: Any) -> Any:
-        messages = _messages(columns.pop(GROUP, None))
+        group: RolloutGroup | None = columns.pop(GROUP, None)
+        messages = () if group is None else group.request.prompt.messages
         asked: Samples = [list(messages)] * len(outputs) if messages else prompts
         said = [[{"role": "assistant", "content": o}] for o in outputs] if messages else outputs
-        unknown = {"completion_ids": None, "trainer_state": None}
-        logs = {"log_extra": ignore, "log_metric": ignore}
-        own = {"prompts": list(asked), "completions": list(said)}
-        offered = {**unknown, **logs, **columns, **own, **kwargs}
+        hooks = {
+            "trainer_state": None if group is None else _trainer_state(group.request.moment),
+            "log_extra": ignore,
+            "log_metric": columns.pop(METRICS, None) or Recorder(),
+        }
+        own = {
+            "prompts": list(asked),
+            "completions": list(said),
+            "completion_ids": _completion_ids(group),
+        }
+        offered = {**columns, **hooks, **own, **kwargs}
         values = awaited(function(**accepted(function, offered)))
         return [_number(v, "") for v in values] if isinstance(values, list | tuple) else values
 
+    reward.logs = True  # type: ignore[attr-defined]
     return _reading_groups(reward)
 
 
@@ -231,8 +249,18 @@ def _easyr1_inputs(
     ]
 
 
-def _messages(group: RolloutGroup | None) -> Sequence[Any]:
-    return () if group is None else group.request.prompt.messages
+def _completion_ids(group: RolloutGroup | None) -> list[list[int]] | None:
+    """Copies: a function may change them."""
+    if group is None or group.tokens is None:
+        return None
+    return [list(ids) for ids in group.tokens]
+
+
+def _trainer_state(moment: Moment | None) -> SimpleNamespace | None:
+    """What rewards read of transformers' ``TrainerState``."""
+    if moment is None:
+        return None
+    return SimpleNamespace(global_step=moment.step, max_steps=moment.num_steps)
 
 
 def is_async(function: Function) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 
 from mmrl.types import RolloutGroup
 from rewards._child import Child, LateError, Pool
-from rewards._signatures import GROUP, Function
+from rewards._python_runner import recorders
+from rewards._signatures import GROUP, METRICS, Function
 from rewards._values import BadReturnError, PartlyFailed, as_values
 
 RUNNER = Path(__file__).with_name("_python_runner.py")
@@ -45,6 +46,9 @@ def in_processes(function: Function, path: str, count: int, limit_s: float) -> F
         answer = json.loads(pool.ask(pickle.dumps((args, kwargs)), limit_s))
         if "error" in answer:
             raise CallError(answer["error"])
+        for recorder in recorders(kwargs):
+            for name, value in answer["logged"]:
+                recorder(name, value)
         return answer["value"]
 
     return call
@@ -58,9 +62,10 @@ def one_by_one(reward: Function) -> Function:
 
     def separately(prompts: Sequence[str], outputs: Sequence[Any], **columns: Any) -> PartlyFailed:
         group: RolloutGroup | None = columns.pop(GROUP, None)
+        log = {METRICS: columns.pop(METRICS)} if METRICS in columns else {}
 
         def score(i: int) -> float:
-            own: dict[str, Any] = {name: [values[i]] for name, values in columns.items()}
+            own: dict[str, Any] = {name: [values[i]] for name, values in columns.items()} | log
             if group is not None:
                 own[GROUP] = _alone(group, i)
             return float(as_values(reward([prompts[i]], [outputs[i]], **own), 1)[0])
@@ -68,6 +73,7 @@ def one_by_one(reward: Function) -> Function:
         return _collected(side_by_side(score, len(outputs)))
 
     separately.reads_group = getattr(reward, "reads_group", False)  # type: ignore[attr-defined]
+    separately.logs = getattr(reward, "logs", False)  # type: ignore[attr-defined]
     return separately
 
 
@@ -108,11 +114,15 @@ def _said(error: BaseException) -> str:
 
 def _alone(group: RolloutGroup, index: int) -> RolloutGroup:
     """The group of one of its samples."""
+    own = slice(index, index + 1)
     return replace(
         group,
         request=replace(group.request, group_size=1),
-        outputs=[group.outputs[index]],
+        outputs=group.outputs[own],
         payload=None,
-        mask=group.mask[index : index + 1],
+        mask=group.mask[own],
         logp_old=None,
+        everything=None if group.everything is None else group.everything[own],
+        truncated=None if group.truncated is None else group.truncated[own],
+        tokens=None if group.tokens is None else group.tokens[own],
     )

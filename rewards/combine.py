@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from types import ModuleType
@@ -27,7 +27,8 @@ from mmrl.errors import UserError, require
 from mmrl.resolve import resolve
 from mmrl.schema import StrictModel, nearest, validate
 from mmrl.types import Prompt, RolloutGroup
-from rewards._signatures import GROUP
+from rewards._python_runner import Recorder
+from rewards._signatures import GROUP, METRICS
 from rewards._values import BadReturnError, PartlyFailed, as_values
 
 LOG = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ class GroupScores:
     error message of each reward that failed.  ``num_asked``: samples each reward was asked about,
     0 where the prompt is of another task than its own.  ``num_failed``: those of them it failed on
     (where it does not apply it has not failed).  ``seconds``: time inside reward calls, summed.
-    ``task``: that of the prompt.
+    ``task``: that of the prompt.  ``logged``: by label, names and values of the metrics that
+    rewards log themselves.
     """
 
     index: int
@@ -148,6 +150,7 @@ class GroupScores:
     num_failed: Mapping[str, int]
     seconds: float
     task: str = ""
+    logged: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.combined.ndim == 1, f"combined has rank {self.combined.ndim}, not 1")
@@ -167,6 +170,7 @@ class _Outcome:
     message: str | None = None
     fatal: UserError | None = None
     seconds: float = 0.0
+    logged: Sequence[tuple[str, float]] = ()
 
     @property
     def applies(self) -> bool:
@@ -244,6 +248,7 @@ def combined_scores(
         num_failed={label: outcome.num_failed for label, outcome in by_label.items()},
         seconds=sum(outcome.seconds for outcome in outcomes),
         task=group.request.prompt.task,
+        logged={label: o.logged for label, o in by_label.items() if o.logged},
     )
 
 
@@ -331,6 +336,9 @@ def scored(reward: Reward, group: RolloutGroup, label: str) -> _Outcome:
     columns: dict[str, Any] = {name: [value] * size for name, value in prompt.columns.items()}
     if getattr(reward, "reads_group", False):
         columns[GROUP] = group
+    recorder = Recorder()
+    if getattr(reward, "logs", False):
+        columns[METRICS] = recorder
     start = time.perf_counter()
     try:
         returned = reward([prompt.text] * size, list(group.outputs), **columns)
@@ -342,7 +350,8 @@ def scored(reward: Reward, group: RolloutGroup, label: str) -> _Outcome:
         # Even sys.exit() in a reward: the group would otherwise wait for its timeout.
         message = f"{type(error).__name__}: {error}"
         return _failed(group, message, seconds=time.perf_counter() - start)
-    return replace(outcome, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return replace(outcome, seconds=seconds, logged=tuple(recorder.entries))
 
 
 def _failed(

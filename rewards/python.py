@@ -5,6 +5,9 @@ Range and direction are the function's own (higher is better).  It is called as
 not apply; ``signature`` names other ways of calling.  Coroutine functions are awaited.  A reward
 whose name is itself a dotted path is short for this one.
 
+A function in TRL's way also gets token ids and the state of the run, and may log metrics; see
+``rewards._signatures.trl``.
+
 With ``workers`` it is called in as many processes, for each sample by itself; what crashes, hangs
 or raises there leaves its own sample unscored, is counted in the log, and stops nothing else.
 """

@@ -187,6 +187,7 @@ class TextBackend:
             mask=everything & ~dropped,
             everything=everything,
             truncated=~finished,
+            tokens=[sample.ids for sample in samples],
             metrics=statistics(samples, len(prompt.ids)),
         )
 

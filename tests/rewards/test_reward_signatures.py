@@ -11,11 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 from mmrl.errors import UserError
 from mmrl.schema import validate
 from mmrl.targets import notes, refuse_missing_columns
-from mmrl.types import Prompt
+from mmrl.types import Moment, Prompt
 from rewards import python
 from rewards.combine import Scorer, parse_specs, scored
 
@@ -31,13 +32,33 @@ def trl_accuracy(prompts, completions, answer, **kwargs):
 
 def trl_chat(completions, log_extra=None, log_metric=None, **kwargs):
     log_metric("seen", len(completions))
+    log_metric("seen", torch.tensor(0.0))
     log_extra("roles", [completion[0]["role"] for completion in completions])
     return [float(len(completion[0]["content"])) for completion in completions]
 
 
 def trl_strict(prompts, completions, completion_ids, trainer_state):
-    assert completion_ids is None
+    assert trainer_state is None, "of no run"
+    assert completion_ids is None, "nor of a rollout"
     return [float(len(p) + len(c)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def trl_reads_ids(completions, completion_ids, trainer_state, **kwargs):
+    assert isinstance(completion_ids, list)
+    left = trainer_state.max_steps - trainer_state.global_step
+    found = [float(left * sum(ids)) for ids in completion_ids]
+    completion_ids.clear()
+    return found
+
+
+def trl_pictures(completions, completion_ids, **kwargs):
+    assert completion_ids is None
+    return [1.0] * len(completions)
+
+
+def trl_logs_words(completions, log_metric, **kwargs):
+    log_metric("seen", "many")
+    return [1.0] * len(completions)
 
 
 async def trl_slow(prompts, completions, **kwargs):
@@ -140,7 +161,30 @@ def test_trl_gets_messages_where_the_prompt_has_them(group):
     messages = ({"role": "system", "content": "s"}, {"role": "user", "content": "p"})
     prompt = replace(rolled.request.prompt, messages=messages)
     rolled = replace(rolled, request=replace(rolled.request, prompt=prompt))
-    assert scored(build("trl_chat", "trl"), rolled, "r").values.tolist() == [1, 3]
+    found = scored(build("trl_chat", "trl"), rolled, "r")
+    assert found.values.tolist() == [1, 3]
+    assert found.logged == (("seen", 2.0), ("seen", 0.0))
+
+
+def test_trl_gets_token_ids_and_the_state_of_the_run(group):
+    rolled = group(["a", "bcd"])
+    moment = Moment(step=3, num_steps=10, seed=0)
+    request = replace(rolled.request, moment=moment)
+    rolled = replace(rolled, request=request, tokens=[[5], [1, 2, 3]])
+    reward = build("trl_reads_ids", "trl")
+    assert scored(reward, rolled, "r").values.tolist() == [35, 42]
+    assert scored(reward, rolled, "r").values.tolist() == [35, 42], "what it gets is its own"
+
+
+def test_trl_gets_no_token_ids_of_pictures(group):
+    rolled = group([Image.new("L", (1, 1))])
+    assert scored(build("trl_pictures", "trl"), rolled, "r").values.tolist() == [1]
+
+
+def test_a_metric_that_is_no_number_is_a_failure(group):
+    found = scored(build("trl_logs_words", "trl"), group(["a"]), "r")
+    assert "could not convert string to float: 'many'" in found.message
+    assert found.logged == ()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from mmrl.errors import UserError
 from mmrl.schema import validate
+from mmrl.types import Moment
 from rewards import python
 from rewards._workers import RUNNER
 from rewards.combine import TIMED_OUT, Scorer, parse_specs, scored
@@ -97,6 +99,23 @@ def test_trl(group):
     found = scored(build("trl", signature="trl"), rolled, "r")
     assert values(found) == [None] * 3
     assert not found.applies, "None is not a failure"
+
+
+def test_trl_with_token_ids_and_metrics(group):
+    rolled = group(["a", "raise", "bb"])
+    everything = torch.tensor([[True, False], [True, True], [True, True]])
+    rolled = replace(
+        rolled,
+        request=replace(rolled.request, moment=Moment(step=10, num_steps=20, seed=0)),
+        mask=everything,
+        everything=everything,
+        truncated=torch.zeros(3, dtype=torch.bool),
+        tokens=[[4], [4, 5], [6, 7]],
+    )
+    found = scored(build("trl_tokens", signature="trl"), rolled, "r")
+    assert values(found) == [11, None, 12]
+    assert found.message == "ValueError: no judge"
+    assert sorted(found.logged) == [("tokens", 1.0), ("tokens", 2.0)]
 
 
 def test_verl(group):

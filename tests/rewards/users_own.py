@@ -34,6 +34,13 @@ def trl(completions, answer, log_metric=None, **kwargs):
     return [None if a is None else behave(w) for w, a in zip(words, answer, strict=True)]
 
 
+def trl_tokens(completions, completion_ids, trainer_state, log_metric, **kwargs):
+    log_metric("tokens", len(completion_ids[0]))
+    if completions[0] == "raise":
+        raise ValueError("no judge")
+    return [float(trainer_state.global_step + len(ids)) for ids in completion_ids]
+
+
 def verl(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": behave(solution_str)}
 

@@ -345,6 +345,19 @@ def test_a_length_that_no_completion_reaches(model, tmp_path):
         run(model, tmp_path, OVERLONG, "backend.rollout.max_tokens=2")
 
 
+def test_a_reward_in_trls_way_reads_token_ids_and_logs(model, tmp_path):
+    reward = {"name": "toy.rewards.trl_tokens", "label": "ids", "signature": "trl"}
+    data = config(model, tmp_path, "training.num_steps=2", "evaluation.every=1")
+    folder = train(parse(data | {"rewards": [reward | {"kwargs": {"path": str(model)}}]}))
+    assert not column(folder, "rewards/ids/failed")
+    assert not column(folder, "eval/ids_unjudged")
+    lengths = column(folder, "completions/mean_length")
+    assert column(folder, "rewards/ids/mean") == pytest.approx(lengths)
+    assert column(folder, "rewards/ids/own_mean") == pytest.approx(lengths)
+    assert column(folder, "rewards/ids/step") == [0, 1]
+    assert column(folder, "rewards/ids/steps") == [2, 2]
+
+
 def test_divergence_in_the_reward_depends_on_no_split(model, tmp_path):
     """Its reference is kept though no loss asks for it, and completions without an end have one."""
     options = (

@@ -52,6 +52,8 @@ def test_scores_are_those_of_transformers(folders, prompts, family, update):
     backend = make_backend(folders[family], family, prompts, update=update)
     groups = list(backend.rollout(make_requests(prompts=prompts, group_size=2)))
     batch = make_batch(backend, groups)
+    tokens = [ids for group in groups for ids in group.tokens]
+    assert tokens == [row.completion for row in batch.payload]
     found = backend.evaluate(batch, LOGP).logp.detach()
     for i, row in enumerate(batch.payload):
         expected = plain(folders[family], row.prompt, row.completion)

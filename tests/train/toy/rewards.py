@@ -52,6 +52,20 @@ def constant(prompts, outputs, **columns):
     return [1.0] * len(outputs)
 
 
+def trl_tokens(completions, completion_ids, trainer_state, log_metric, path, **columns):
+    """In TRL's way: the length in tokens, which must be those of the completion."""
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(path).decode
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    assert [decode(ids, skip_special_tokens=True) for ids in completion_ids] == texts
+    lengths = [float(len(ids)) for ids in completion_ids]
+    log_metric("mean", sum(lengths) / len(lengths))
+    log_metric("step", trainer_state.global_step)
+    log_metric("steps", trainer_state.max_steps)
+    return lengths
+
+
 CALLS = 0
 
 
