@@ -1,7 +1,8 @@
 """Is the text as long as it should be? A trapezoid over its words, characters or tokens.
 
 Range: [0, 1], higher is better: 0 up to a and from d on, 1 from b to c, and straight lines between.
-It applies to every prompt.
+It applies to every prompt; tasks with lengths of their own have a reward each, with ``tasks`` and
+another ``label``.
 """
 
 from __future__ import annotations

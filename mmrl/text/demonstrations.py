@@ -39,7 +39,7 @@ def encode_demonstrations(
             "put after them; allowed: null"
         )
     for prompt in (prompt for prompt in prompts if column in prompt.columns):
-        where = f"prompts: {prompt.text!r:.80}: its demonstration in the column {column!r}"
+        where = f"{prompt.named}: its demonstration in the column {column!r}"
         text = _text(prompt.columns[column], where)
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         ids += [] if ids[-1:] == [end] else [end]

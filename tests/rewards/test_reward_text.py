@@ -13,7 +13,7 @@ from test_reward_ocr import edit_distance as distance
 from mmrl.errors import UserError
 from mmrl.schema import validate
 from rewards import box_iou, edit_distance, exact_match, format_tags, length
-from rewards.combine import scored
+from rewards.combine import Scorer, parse_specs, scored
 
 
 def score(module, text, right=None, **config):
@@ -126,6 +126,29 @@ def test_length_in_tokens(group):
         reward(["p"], ["a"])
     with pytest.raises(UserError, match="inside: 'think' with unit 'tokens'"):
         validate(length.Config, {"unit": "tokens", "inside": "think"}, "rewards[0]")
+
+
+def test_tasks_may_want_lengths_of_their_own(group):
+    """Long reasoning for mathematics, short answers for reading; other tasks any length."""
+    lengths = {"math": {"a": 0, "b": 4, "c": 8, "d": 9}, "ocr": {"a": 0, "b": 1, "c": 2, "d": 4}}
+    specs = parse_specs(
+        [
+            {"name": "length", "label": f"length_{task}", "tasks": [task], **limits}
+            for task, limits in lengths.items()
+        ]
+        + [{"name": "exact_match"}]
+    )
+    texts = ["w", "w w", "w w w", "w w w w"]
+    with Scorer(specs) as scorer:
+        for index, task in enumerate(("math", "ocr", "chart")):
+            scorer.submit(group(texts, index=index, task=task, answer="w"))
+        found = scorer.collect()
+    assert [scores.combined.tolist() for scores in found] == [
+        [1.25, 0.5, 0.75, 1],
+        [2, 1, 0.5, 0],
+        [1, 0, 0, 0],
+    ]
+    assert all(bool(scores.valid.all()) for scores in found)
 
 
 def test_length_inside_a_tag():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from tiny_text import make_backend, make_batch, make_requests
@@ -52,11 +55,21 @@ def test_plain_libraries_score_as_we_do(folders, tmp_path, name, lora):
 def test_the_tokenizer_and_its_template_come_along(folders, tmp_path, lora):
     backend = trained(folders["qwen3"], lora)
     backend.export(tmp_path, "")
-    settings = [GenerationConfig.from_pretrained(f) for f in (tmp_path, folders["qwen3"])]
-    assert settings[0].to_dict() == settings[1].to_dict()
     ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path, folders["qwen3"]))
     assert ours.chat_template == theirs.chat_template
     assert ours("go up").input_ids == theirs("go up").input_ids
+
+
+@FORMS
+def test_how_the_model_generates_comes_along(folders, tmp_path, lora):
+    base = shutil.copytree(folders["qwen3"], tmp_path / "base")
+    file = base / "generation_config.json"
+    settings = json.loads(file.read_text()) | {"repetition_penalty": 1.25}
+    file.write_text(json.dumps(settings))
+    trained(base, lora).export(tmp_path / "final", "")
+    ours, theirs = (GenerationConfig.from_pretrained(f) for f in (tmp_path / "final", base))
+    assert ours.repetition_penalty == 1.25
+    assert ours == theirs
 
 
 @FORMS

@@ -406,8 +406,11 @@ def test_divergence_in_the_reward(tmp_path):
             parse(data | {"kl_in_reward": value})
 
 
-def test_a_reward_on_tokens_where_there_are_none(tmp_path):
-    data = toy_config(tmp_path) | {"rewards": [{"name": "soft_overlong"}]}
+@pytest.mark.parametrize(
+    "reward", [{"name": "soft_overlong"}, {"name": "length", "unit": "tokens"}]
+)
+def test_a_reward_on_tokens_where_there_are_none(tmp_path, reward):
+    data = toy_config(tmp_path) | {"rewards": [reward]}
     with pytest.raises(UserError, match="counts tokens, which the samples of backend 'toy"):
         refuse_unless_consistent(parse(data))
 

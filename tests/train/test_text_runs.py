@@ -329,13 +329,18 @@ OVERLONG = "rewards=[{name: soft_overlong, max_tokens: 6, buffer: 4}]"
 
 @pytest.mark.parametrize("drop", ["true", "false"])
 def test_long_completions_cost_by_their_tokens(model, tmp_path, drop):
-    """The mean of a linear penalty is that of the mean length, if all are within the buffer."""
+    """The mean of a linear penalty is that of the mean length, if all are within the buffer.
+
+    So is that of the rising side of a trapezoid.
+    """
     path = run(
-        model, tmp_path, OVERLONG.replace("buffer: 4", "buffer: 6"), "training.num_steps=1",
-        f"backend.rollout.drop_overlong={drop}",
+        model, tmp_path, "training.num_steps=1", f"backend.rollout.drop_overlong={drop}",
+        "rewards=[{name: soft_overlong, max_tokens: 6, buffer: 6}, "
+        "{name: length, unit: tokens, b: 6, c: 6, d: 7}]",
     )  # fmt: skip
     (length,) = column(path, "completions/mean_length")
     assert column(path, "rewards/soft_overlong/mean") == [pytest.approx(-length / 6)]
+    assert column(path, "rewards/length/mean") == [pytest.approx(length / 6)]
 
 
 def test_a_length_that_no_completion_reaches(model, tmp_path):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from stand_ins import install
 from tiny_text import make_batch, make_requests
 from tiny_vlm import VISION, make_backend, make_config, network, picture
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from mmrl.attention import Availability
 from mmrl.card import usage
@@ -215,6 +215,8 @@ def test_exports_load_in_transformers_and_peft(folders, prompts, family, lora, t
     found = logp[range(len(row.completion)), list(row.completion)]
     torch.testing.assert_close(found, expected[0, : len(found)], rtol=1e-4, atol=1e-4)
     assert AutoProcessor.from_pretrained(tmp_path).image_processor is not None
+    ours, theirs = (GenerationConfig.from_pretrained(f) for f in (tmp_path, folders[family]))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
