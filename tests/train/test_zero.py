@@ -194,10 +194,14 @@ def assert_equal(one: Path, two: Path, *, rtol: float, atol: float) -> None:
 @pytest.mark.parametrize(("launcher", "name"), [x for x in RUNS if kind(x[1]) == "whole"])
 def test_full_training_equals_one_process(runs, launcher, name):
     one, two = runs / "one" / "whole" / "run", runs / launcher / name / "unbroken"
-    # Sums in another order; Adam scales what they leave of tiny gradients up to its rate.
-    assert_equal(one, two, rtol=1e-4, atol=2e-5)
+    # Sums in another order; Adam scales what they leave of tiny gradients up to its rate, 1e-4, so
+    # single numbers may be an update apart, but never many of them.
+    assert_equal(one, two, rtol=1e-4, atol=1e-4)
+    left, right = weights_of(one), weights_of(two)
+    assert max((right[name] - value).abs().mean() for name, value in left.items()) < 1e-5
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+        # As in test_sharded: a pixel of the second step's pictures may be rounded the other way.
+        assert a == pytest.approx(b, rel=1e-3 if a["step"] < 2 else 5e-2, abs=1e-6)
 
 
 @needs_deepspeed
