@@ -83,7 +83,7 @@ class Mmrl:
         self.session = runner.open_session(self.config)
         self.backend: Any = self.session.backend
         self._trainer: Any = None
-        randomise(self.parameters())
+        randomise(self.parameters(), shape.seed)
 
     def use(self, form: str) -> Mmrl:
         """See ``Peer``."""
@@ -152,7 +152,7 @@ class Trl:
         self._optimizer = torch.optim.AdamW(self.parameters().values(), lr=LEARNING_RATE)
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.model.train()
-        randomise(self.parameters())
+        randomise(self.parameters(), shape.seed)
 
     def use(self, form: str) -> Trl:
         """See ``Peer``."""
@@ -210,11 +210,11 @@ class Trl:
             yield
 
 
-def randomise(parameters: dict[str, nn.Parameter]) -> None:
+def randomise(parameters: dict[str, nn.Parameter], seed: int) -> None:
     """Adapters at random, the same for the same names: as they start, half have no gradient."""
     for name, parameter in sorted(parameters.items()):
         if "lora_" in name:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}{name}".encode()))
             parameter.data.normal_(std=0.05, generator=generator)
 
 

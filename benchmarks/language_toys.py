@@ -48,13 +48,19 @@ TOWER = {
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Tokens of the prompt, a picture's included, and of the vocabulary; ``trained``: adapters, or
-    every parameter of the language model; ``modality``: of ``MODALITIES``.
+    every parameter of the language model; ``modality``: of ``MODALITIES``; ``seed``: of weights,
+    prompt, completions and advantages.
     """
 
     prompt: int
     vocabulary: int
     trained: str = "lora"
     modality: str = "text"
+    seed: int = 0
+
+    def generator(self, number: int) -> torch.Generator:
+        """A fresh one for each ``number`` below 1000, and others for another ``seed``."""
+        return torch.Generator().manual_seed(1000 * self.seed + number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +199,8 @@ class Vision:
         if shape.prompt < around + 2:
             raise SystemExit(f"{shape.prompt} tokens have no room for a picture and a word")
         side = math.isqrt(shape.prompt - around - 1)
-        generator = torch.Generator().manual_seed(0)
         size = (side * MERGE * PATCH, side * MERGE * PATCH, 3)
-        pixels = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(256, size, generator=shape.generator(0), dtype=torch.uint8)
         path = folder / f"picture-{side}.png"
         Image.fromarray(pixels.numpy()).save(path)
         return {"prompt": _text(shape, shape.prompt - around - side**2), "images": str(path)}
@@ -250,7 +255,7 @@ def make_model(folder: Path, shape: Shape, **changes: Any) -> None:
         "eos_token_id": END,
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(shape.seed)
         network, processor = MODALITIES[shape.modality].make(tokenizer, options)
     network.generation_config.eos_token_id = list(range(END, _first_word(shape)))
     logging.disable_progress_bar()
@@ -266,21 +271,19 @@ def word(token: int) -> str:
 def make_work(shape: Shape, group_size: int) -> Work:
     """Random completions, from half to one and a half times ``MEAN_LENGTH`` long."""
     lengths = torch.linspace(MEAN_LENGTH // 2, MAX_LENGTH, group_size).long().tolist()
-    generator = torch.Generator().manual_seed(0)
     return Work(
-        completions=[_tokens(shape, n, seed=2 + i) for i, n in enumerate(lengths)],
-        advantages=torch.randn(group_size, generator=generator).tolist(),
+        completions=[_tokens(shape, n, number=2 + i) for i, n in enumerate(lengths)],
+        advantages=torch.randn(group_size, generator=shape.generator(0)).tolist(),
     )
 
 
 def _text(shape: Shape, count: int) -> str:
-    return " ".join(word(token) for token in _tokens(shape, count, seed=1))
+    return " ".join(word(token) for token in _tokens(shape, count, number=1))
 
 
-def _tokens(shape: Shape, count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
+def _tokens(shape: Shape, count: int, number: int) -> list[int]:
     low, high = _first_word(shape), shape.vocabulary
-    return torch.randint(low, high, (count,), generator=generator).tolist()
+    return torch.randint(low, high, (count,), generator=shape.generator(number)).tolist()
 
 
 def _first_word(shape: Shape) -> int:

@@ -9,11 +9,13 @@ GRPO's loss; pixels are ready before it, and the tower that reads them is not tr
 all are compared first, and nothing is timed if they differ.  Forms are timed by turns.  Memory:
 each form in a process of its own, its peak during the update above what it held before.  A whole
 step has each system's own sampling, rewards and optimizer, and its own reading of the picture.
+All but memory is measured for each of ``--seeds``: of weights, prompt, completions, advantages.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -21,9 +23,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +93,17 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """All about one shape, by form: ``gaps`` of the gradients, ``growth`` in bytes, the costs of
-    updates and of whole steps, and the load average before and after.
+    """All about one shape, by form: the largest ``gaps`` of the gradients of any draw, the
+    ``growth`` in bytes of the first draw, the costs of updates and of whole steps in all rounds of
+    all draws; the load averages before and after each draw.
     """
 
     shape: Shape
-    gaps: dict[str, float]
+    gaps: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FORMS, 0.0))
     growth: dict[str, int]
-    updates: dict[str, Cost]
-    steps: dict[str, Cost]
-    load: tuple[float, float]
+    updates: dict[str, Cost] = field(default_factory=lambda: {form: Cost() for form in FORMS})
+    steps: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in SYSTEMS})
+    loads: list[float] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,28 +121,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(shape: Shape, options: argparse.Namespace) -> Cell:
     """``SystemExit`` if gradients differ."""
-    before = os.getloadavg()[0]
-    sizes = {"num_hidden_layers": options.layers, "hidden_size": options.hidden}
-    work = make_work(shape, options.group_size)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder, shape, **sizes)
-        growth = {form: in_a_process(form, folder, shape, work) for form in FORMS}
-        peers = open_peers(folder, shape, options.group_size)
-        gaps = differences(peers, work)
-        refuse_differences(gaps)
-        updates = timed(FORMS, options.rounds, lambda form: update(peers[form].use(form), work))
-        steps = timed(SYSTEMS, options.step_rounds, lambda form: peers[form].use(form).step())
-    cell = Cell(
-        shape=shape,
-        gaps=gaps,
-        growth=growth,
-        updates=updates,
-        steps=steps,
-        load=(before, os.getloadavg()[0]),
-    )
+    draws = [replace(shape, seed=seed) for seed in options.seeds]
+    with draw(draws[0], options) as (folder, work):
+        # Tensors of other draws are as large.
+        growth = {form: in_a_process(form, folder, draws[0], work) for form in FORMS}
+    cell = Cell(shape=shape, growth=growth)
+    for drawn in draws:
+        cell.loads.append(os.getloadavg()[0])
+        with draw(drawn, options) as (folder, work):
+            add_costs(cell, open_peers(folder, drawn, options.group_size), work, options)
+        cell.loads.append(os.getloadavg()[0])
     print(cell, flush=True)
     return cell
+
+
+@contextlib.contextmanager
+def draw(shape: Shape, options: argparse.Namespace) -> Iterator[tuple[Path, Work]]:
+    """A folder with the model of a seed, for as long as it is used, and the work for it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder, shape, num_hidden_layers=options.layers, hidden_size=options.hidden)
+        yield folder, make_work(shape, options.group_size)
+
+
+def add_costs(cell: Cell, peers: dict[str, Peer], work: Work, options: argparse.Namespace) -> None:
+    """Those of one more draw; what runs first, to compare gradients and to warm up, is not timed."""
+    gaps = differences(peers, work)
+    refuse_differences(gaps)
+    cell.gaps.update({form: max(gap, cell.gaps[form]) for form, gap in gaps.items()})
+    time_by_turns(cell.updates, options.rounds, lambda form: update(peers[form].use(form), work))
+    for form in SYSTEMS:
+        peers[form].use(form).step()
+    time_by_turns(cell.steps, options.step_rounds, lambda form: peers[form].use(form).step())
 
 
 def open_peers(folder: Path, shape: Shape, group_size: int) -> dict[str, Peer]:
@@ -172,15 +185,13 @@ def update(peer: Peer, work: Work) -> int:
     return work.tokens
 
 
-def timed(forms: Sequence[str], rounds: int, run: Callable[[str], int]) -> dict[str, Cost]:
-    """``run(form)`` by turns, a first time unmeasured, the order reversed every round."""
-    costs = {form: Cost() for form in forms}
-    for form in forms:
-        run(form)
-    for number in range(rounds):
-        for form in forms[:: -1 if number % 2 else 1]:
+def time_by_turns(costs: dict[str, Cost], rounds: int, run: Callable[[str], int]) -> None:
+    """Add ``rounds`` of ``run(form)`` to the costs of each form, the order reversed every round."""
+    forms = list(costs)
+    for _ in range(rounds):
+        odd = len(costs[forms[0]].cpu) % 2
+        for form in forms[:: -1 if odd else 1]:
             costs[form].add(lambda form=form: run(form))
-    return costs
 
 
 # Memory
@@ -237,7 +248,11 @@ def write(cells: Sequence[Cell], options: argparse.Namespace) -> Path:
 
 def report(cells: Sequence[Cell], options: argparse.Namespace, about: dict[str, Any]) -> str:
     """The whole result in markdown."""
-    loads = [load for cell in cells for load in cell.load]
+    loads = [load for cell in cells for load in cell.loads]
+    draws = (
+        f"Draws of weights, prompt, completions and advantages: {len(options.seeds)} (seeds "
+        f"{' '.join(map(str, options.seeds))})."
+    )
     return "\n\n".join(
         [
             "# Update of a language model beside TRL's",
@@ -252,19 +267,21 @@ def report(cells: Sequence[Cell], options: argparse.Namespace, about: dict[str, 
             "## shared_prompt over TRL",
             ratio_table(cells),
             "Speed in completion tokens a CPU-second, as a multiple: of the medians, and in "
-            "brackets the least and the greatest of single rounds; memory growth as a share.",
+            "brackets the least and the greatest of single rounds; memory growth as a share. "
+            f"{draws}",
             "## Updates",
             update_table(cells),
-            f"Forward and backward; medians of {options.rounds} rounds taken by turns. Growth: "
-            "peak of the update above what the process held before, gradients included, each form "
-            "in a process of its own. Gap: norm of the difference of the gradients from TRL's, "
-            f"over their norm; refused above {TOLERANCE:g}.",
+            f"Forward and backward; {options.rounds} rounds for each draw, taken by turns; medians "
+            "of all. Growth: peak of the update above what the process held before, gradients "
+            "included, each form in a process of its own; first draw. Gap: norm of the "
+            "difference of the gradients from TRL's, over their norm; the largest of the draws, "
+            f"refused above {TOLERANCE:g}.",
             "## Whole steps",
             step_table(cells),
-            "Sampling, a reward that costs nothing, update and optimizer; medians of "
-            f"{options.step_rounds} steps taken by turns. Each system samples for itself, so the "
-            "lengths of completions differ. TRL prepares the picture of each completion in every "
-            "step; mmrl keeps what it prepared once.",
+            "Sampling, a reward that costs nothing, update and optimizer; "
+            f"{options.step_rounds} steps for each draw, taken by turns; medians of all. Each "
+            "system samples for itself, so the lengths of completions differ. TRL prepares the "
+            "picture of each completion in every step; mmrl keeps what it prepared once.",
             f"Threads: {about['threads']}. Load average of the machine: {min(loads):.1f} to "
             f"{max(loads):.1f}; CPU-seconds suffer from it less than seconds do.",
             f"Machine: {tables.machine_line(about)}",
@@ -385,8 +402,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--group-size", type=int, default=8, help="completions of the prompt")
     add("--layers", type=int, default=3)
     add("--hidden", type=int, default=256, help="width of the network")
-    add("--rounds", type=int, default=5, help="timed updates of each form")
-    add("--step-rounds", type=int, default=3, help="timed whole steps of each system")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a draw each")
+    add("--rounds", type=int, default=2, help="timed updates of each form, for each draw")
+    add("--step-rounds", type=int, default=1, help="timed whole steps of each system, likewise")
     add("--out", type=Path, default=tables.RESULTS, help="where the results go")
     return parser
 

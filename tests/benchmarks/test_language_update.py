@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_prompts_and_completions_have_the_tokens_asked_for(folders, modality):
     work = toys.make_work(SHAPE, 3)
     assert [len(ids) for ids in work.completions] == [32, 64, 96]
     assert work.tokens == 192
+
+
+@MODALITIES
+def test_a_seed_draws_prompt_weights_completions_and_advantages(tmp_path, modality):
+    kind = toys.MODALITIES[modality]
+    drawn = []
+    for seed in (0, 0, 1):
+        shape = replace(SHAPE, modality=modality, seed=seed)
+        folder = tmp_path / str(len(drawn))
+        toys.make_model(folder, shape, **SIZES)
+        weights = (folder / "model.safetensors").read_bytes()
+        prompt = kind.prompt(shape, folder)
+        picture = Path(prompt["images"]).read_bytes() if "images" in prompt else None
+        drawn.append((weights, prompt["prompt"], picture, toys.make_work(shape, 3)))
+    first, again, other = drawn
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+    assert first[3].completions != other[3].completions
+    assert first[3].advantages != other[3].advantages
+    assert modality == "text" or first[2] != other[2]
 
 
 def test_a_prompt_too_short_for_a_picture_is_refused(tmp_path):
@@ -113,17 +135,19 @@ def test_a_step_of_ours_trains(folders, modality):
     assert any(not torch.equal(before[k], v) for k, v in peer.parameters().items())
 
 
-def test_turns_are_reversed_and_the_first_is_not_measured():
+def test_turns_are_reversed():
     seen = []
 
     def run(form):
         seen.append(form)
         return 7
 
-    costs = benchmark.timed(("a", "b"), 2, run)
-    assert seen == ["a", "b", "a", "b", "b", "a"]
-    assert costs["a"].tokens == [7, 7]
-    assert len(costs["b"].cpu) == len(costs["b"].wall) == 2
+    costs = {"a": benchmark.Cost(), "b": benchmark.Cost()}
+    benchmark.time_by_turns(costs, 1, run)
+    benchmark.time_by_turns(costs, 2, run)
+    assert seen == ["a", "b", "b", "a", "a", "b"]
+    assert costs["a"].tokens == [7, 7, 7]
+    assert len(costs["b"].cpu) == len(costs["b"].wall) == 3
 
 
 def test_rates_are_medians_of_the_rounds():
@@ -166,14 +190,17 @@ def test_the_whole_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "in_a_process", lambda *work: benchmark.growth(*work, 1))
     small = ["--prompts", "5", "--vocabularies", "128", "--trained", "lora", "--layers", "1"]
     rounds = ["--rounds", "1", "--step-rounds", "1", "--hidden", "32", "--group-size", "2"]
-    assert benchmark.main([*small, *rounds, "--out", str(tmp_path)]) == 0
+    seeds = ["--seeds", "0", "3"]
+    assert benchmark.main([*small, *rounds, *seeds, "--out", str(tmp_path)]) == 0
     (written,) = tmp_path.glob("*language-update.json")
     text, vlm = cells = json.loads(written.read_text())["cells"]
     assert (text["shape"]["modality"], vlm["shape"]["modality"]) == ("text", "vlm")
     for cell in cells:
         assert tuple(cell["updates"]) == peers.FORMS
-        assert max(cell["gaps"].values()) <= benchmark.TOLERANCE
-        assert all(value >= 0 for value in cell["growth"].values())  # so little may fit anyway
+        for form in peers.FORMS:
+            assert cell["gaps"][form] <= benchmark.TOLERANCE
+            assert cell["growth"][form] >= 0  # so little may fit anyway
+            assert len(cell["updates"][form]["cpu"]) == 2  # a round of each draw
     assert written.with_suffix(".png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "shared_prompt over TRL" in printed
