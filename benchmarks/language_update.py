@@ -145,7 +145,7 @@ def draw(shape: Shape, options: argparse.Namespace) -> Iterator[tuple[Path, Work
 
 
 def add_costs(cell: Cell, peers: dict[str, Peer], work: Work, options: argparse.Namespace) -> None:
-    """Those of one more draw; what runs first, to compare gradients and to warm up, is not timed."""
+    """Those of one more draw; what compares gradients and warms up before is not timed."""
     gaps = differences(peers, work)
     refuse_differences(gaps)
     cell.gaps.update({form: max(gap, cell.gaps[form]) for form, gap in gaps.items()})
