@@ -209,7 +209,7 @@ def list_parts(
         typer.Argument(
             metavar="KIND",
             help="objectives, advantages, modulators, selection, regularisers, corrections, "
-            "samplers, budgets, rewards, models or backends; all of them without it.",
+            "samplers, budgets, rewards, models, vision_models or backends; all without it.",
         ),
     ] = None,
 ) -> None:
@@ -217,17 +217,18 @@ def list_parts(
 
     Behind the paper: whether the formula was read in code, in the paper, or reconstructed.
     """
-    from mmrl.listing import requirements
+    from mmrl import listing
     from mmrl.resolve import KINDS, entries
 
     console = _console()
     for each in [kind] if kind else [*KINDS, "backends"]:
-        rows = [(entry, requirements(each, entry.name)) for entry in entries(each)]
-        needs = ["needs"] if any(needed for _, needed in rows) else []
-        table = _table("name", "what it does", *needs, "paper", title=each)
-        for entry, needed in rows:
+        asking = each in listing.KINDS
+        columns = ["needs", "runs on"] if asking else []
+        table = _table("name", "what it does", *columns, "paper", title=each)
+        for entry in entries(each):
             evidence = f" ({entry.evidence})" if entry.evidence else ""
-            cells = [entry.summary, *([needed] if needs else []), entry.paper + evidence]
+            asked = [f(each, entry.name) for f in (listing.requirements, listing.runs_on) if asking]
+            cells = [entry.summary, *asked, entry.paper + evidence]
             table.add_row(Text(entry.name, style="bold"), *map(Text, cells))
         console.print(table)
 

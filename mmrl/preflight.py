@@ -13,7 +13,7 @@ from mmrl.errors import UserError
 from mmrl.needs import asked_before_updates, asked_of_updates, asks_survey
 from mmrl.prompts.dataset import load_prompts
 from mmrl.reduction import OVER_SAMPLES
-from mmrl.resolve import backend_module
+from mmrl.resolve import backend_module, names, resolve
 from mmrl.schema import nearest
 from mmrl.types import TASK, Prompt
 from rewards.combine import RewardSpec
@@ -274,9 +274,18 @@ def refuse_contradictions(config: RunConfig) -> None:
     """``UserError`` for an estimator or a modulator that undoes, or is undone by, something else.
 
     A module says what it is: ``RECENTRES`` (a modulator after which advantages have mean 0),
-    ``LEARNS_FROM_EQUAL_REWARDS`` (an estimator), ``refuse(config, num_groups, group_size)``.
+    ``LEARNS_FROM_EQUAL_REWARDS`` (an estimator), ``OWN_ADVANTAGE`` (an estimator, or an objective
+    that goes by rewards itself), ``refuse(config, num_groups, group_size)`` with the size of the
+    smallest group.
     """
     advantage, training = config.advantage, config.training
+    if all(getattr(part.module, "OWN_ADVANTAGE", False) for part in (advantage, config.objective)):
+        plain = [n for n in names("advantages") if not _brings_advantage(n)]
+        raise UserError(
+            f"advantage: {advantage.name!r} would count for little or nothing, since objective "
+            f"{config.objective.name!r} goes by the rewards itself; allowed with it: "
+            f"{', '.join(plain)}"
+        )
     if training.refills and getattr(advantage.module, "LEARNS_FROM_EQUAL_REWARDS", False):
         raise UserError(
             f"training.refills: {training.refills} leaves out groups whose samples all earned the "
@@ -291,7 +300,11 @@ def refuse_contradictions(config: RunConfig) -> None:
             )
     refuse = getattr(advantage.module, "refuse", None)
     if refuse is not None:
-        refuse(advantage.config, training.prompts_per_step, training.group_size)
+        refuse(advantage.config, training.prompts_per_step, group_sizes(config)[0])
+
+
+def _brings_advantage(name: str) -> bool:
+    return getattr(resolve("advantages", name), "OWN_ADVANTAGE", False)
 
 
 def _estimating(config: RunConfig) -> list[tuple[str, Part]]:

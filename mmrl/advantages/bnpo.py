@@ -31,6 +31,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Xiao et al. 2025, arXiv:2506.02864"
 EVIDENCE = "code"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 REWARDS = "unit"
 

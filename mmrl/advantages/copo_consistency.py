@@ -31,6 +31,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Han et al. 2025, arXiv:2508.04138"
 EVIDENCE = "paper"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 LEARNS_FROM_EQUAL_REWARDS = True
 
@@ -89,7 +90,7 @@ def refuse(config: Config, num_groups: int, group_size: int) -> None:
     del num_groups
     if config.threshold is not None and config.threshold >= math.log(group_size):
         raise UserError(
-            f"advantage.threshold: {config.threshold:g} is not below log(training.group_size) = "
+            f"advantage.threshold: {config.threshold:g} is not below log({group_size}) = "
             f"{math.log(group_size):.3g}, the entropy of a group without two equal answers, so "
             "that its own advantages would count for nothing; null rescales the published 1.5"
         )

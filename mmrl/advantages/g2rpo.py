@@ -27,6 +27,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Hu et al. 2026, arXiv:2604.08539"
 EVIDENCE = "code"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 DECIMALS = 6
 """To these decimals results of the first stage are equal; the last bits of a sum are chance."""

@@ -33,6 +33,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Liu et al. 2026, arXiv:2601.05242"
 EVIDENCE = "code"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = per_reward.MIN_GROUP_SIZE
 
 

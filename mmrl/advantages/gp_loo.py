@@ -28,6 +28,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Ghavamzadeh et al. 2016, arXiv:2604.27563"
 EVIDENCE = "reconstructed"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 1
 LEARNS_FROM_EQUAL_REWARDS = True
 DECAY, LEAST_VARIANCE = 0.9, 1e-6

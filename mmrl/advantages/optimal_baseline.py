@@ -27,6 +27,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Huang et al. 2025, arXiv:2511.23310"
 EVIDENCE = "reconstructed"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 FACT = {"length": "length", "logits": "score_norm"}
 

@@ -30,6 +30,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Ren et al. 2025, arXiv:2510.00911"
 EVIDENCE = "reconstructed"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 
 
@@ -76,6 +77,6 @@ def refuse(config: Config, num_groups: int, group_size: int) -> None:
     del num_groups
     if config.measure == "pass_at_k" and config.scope == "group" and config.k > group_size:
         raise UserError(
-            f"advantage.k: {config.k} draws are more than the {group_size} samples of a group "
-            f"(training.group_size); allowed: 1 to {group_size}"
+            f"advantage.k: {config.k} draws are more than the {group_size} samples of the smallest "
+            f"group (training.group_size, prompts.budget); allowed: 1 to {group_size}"
         )

@@ -32,6 +32,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Ren et al. 2025, arXiv:2510.00911"
 EVIDENCE = "code"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 LEARNS_FROM_EQUAL_REWARDS = True
 

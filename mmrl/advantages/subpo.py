@@ -28,6 +28,7 @@ from mmrl.types import Advantages, Scores
 
 PAPER = "Prajapat et al. 2023, arXiv:2307.13372"
 EVIDENCE = "reconstructed"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 NORMAL = group.Config(deviation="group", ddof=1, eps=1e-6)
 

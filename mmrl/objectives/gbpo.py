@@ -32,6 +32,7 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, UpdateBatch
 
 PAPER = "BRRL 2026, arXiv:2604.18578"
 EVIDENCE: str = "code"
+OWN_ADVANTAGE = True
 IGNORES_SIGN = True
 TAKES_STALE = True
 TOLERANCE = 1e-5

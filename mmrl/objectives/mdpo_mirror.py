@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmrl.divergences import active_spread, gaussian_kl, raw_log_ratio
@@ -51,6 +51,15 @@ class Config(StrictModel):
         description="linear: t falls in proportion to the steps that are left (published).",
     )
     step_size_min: float = Field(default=0.05, gt=0, description="Floor of t with `linear`.")
+
+    @model_validator(mode="after")
+    def _falls(self) -> Config:
+        if self.schedule == "linear" and self.step_size < self.step_size_min:
+            raise ValueError(
+                f"step_size: {self.step_size:g} is below its floor, step_size_min; allowed: "
+                f"{self.step_size_min:g} or more"
+            )
+        return self
 
 
 def needs(config: Config) -> frozenset[str]:

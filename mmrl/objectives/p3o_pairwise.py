@@ -37,6 +37,7 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, Updat
 
 PAPER = "Wu et al. 2023, arXiv:2310.00212"
 EVIDENCE: str = "reconstructed"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 WHOLE_GROUPS = True
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
@@ -38,6 +38,7 @@ from mmrl.types import Advantages, LossTerms, PolicyTerms, Scores, Survey, Updat
 
 PAPER = "REAL 2026, arXiv:2602.05630"
 EVIDENCE: str = "code"
+OWN_ADVANTAGE = True
 MIN_GROUP_SIZE = 2
 WHOLE_GROUPS = True
 
@@ -57,6 +58,15 @@ class Config(StrictModel):
     single_class: Literal["skip", "keep"] = Field(
         default="skip", description="keep: train on groups of one class too; needs a threshold."
     )
+
+    @model_validator(mode="after")
+    def _labels_of_one_class(self) -> Config:
+        if self.single_class == "keep" and self.threshold is None:
+            raise ValueError(
+                "single_class: 'keep' changes nothing without a threshold, since equal rewards are "
+                "neither right nor wrong; allowed: 'skip', or set threshold"
+            )
+        return self
 
 
 def signals(scores: Scores, advantages: Advantages, config: Config) -> Mapping[str, Tensor]:

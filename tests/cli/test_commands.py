@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import mmrl.runner
 from mmrl import cli
 from mmrl.errors import UserError
-from mmrl.listing import requirements
+from mmrl.listing import requirements, runs_on
 from mmrl.resolve import KINDS, entries
 from mmrl.schema import StrictModel
 
@@ -207,16 +207,34 @@ def test_list_names_summary_and_paper():
     ("kind", "name", "said"),
     [
         ("objectives", "grpo", ""),
-        ("objectives", "nft", "implicit_negative, implicit_positive (diffusion)"),
+        ("objectives", "nft", "implicit_negative, implicit_positive"),
         ("modulators", "adora", "length, truncated"),
-        ("selection", "d3s", "entropy (text, vlm)"),
-        ("selection", "entropy_quantile", "entropy (text, vlm)"),
+        ("selection", "d3s", "entropy"),
         ("regularisers", "orpo_occupancy", "logp_ref"),
         ("rewards", "ocr", ""),
     ],
 )
 def test_list_says_what_a_part_needs(kind, name, said):
     assert requirements(kind, name) == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("objectives", "mhpo", "any"),
+        ("objectives", "opd", "diffusion"),
+        ("objectives", "mdpo_mirror", "any"),  # one of its forms on images alone
+        ("advantages", "copo_consistency", "text, vlm"),  # it compares answers
+        ("advantages", "subpo", "any"),
+        ("advantages", "optimal_baseline", "any"),
+        ("modulators", "dcpo", "text, vlm"),
+        ("selection", "pf_ppo", "any"),
+        ("regularisers", "kl_reference", "any"),  # velocities of images, k3 of tokens
+        ("regularisers", "kl_transition", "diffusion"),
+    ],
+)
+def test_list_says_which_backends_serve_a_part(kind, name, said):
+    assert runs_on(kind, name) == said
 
 
 def test_list_says_how_a_formula_is_known():

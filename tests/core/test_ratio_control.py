@@ -365,14 +365,18 @@ def test_neutral_values_give_the_base_method_to_the_bit(module, config, base, ot
         (etr, {"reward_range": 0}),
         (r2vpo, {"target": 0}),
         (r2vpo, {"rate": -1}),
+        (r2vpo, {"multiplier_min": 5, "multiplier_max": 1}),
         (mdpo_mirror, {"step_size": 0}),
+        (mdpo_mirror, {"step_size": 0.01, "schedule": "linear"}),
         (mdpo_mirror, {"form": "reverse"}),
         (p3o_pairwise, {"clip": -0.1}),
         (real, {"temperature": 0}),
+        (real, {"single_class": "keep"}),
         (orpo_occupancy, {"form": "tv"}),
         (kl_target, {"target": 0}),
         (kl_target, {"multiplier_max": 0.5}),
         (entropy_target, {"max_multiplier": -1}),
+        (entropy_target, {"start": 99}),
     ],
 )
 def test_configurations_outside_their_range_are_refused(module, wrong):

@@ -140,11 +140,24 @@ def test_scores_check_their_facts():
             "advantage.k: 6 draws are more than the 5 samples",
         ),
         (
+            ["advantage={name: risk, measure: pass_at_k, k: 5}", "prompts.budget=knapsack"],
+            "advantage.k: 5 draws are more than the 2 samples of the smallest group",
+        ),
+        (
+            ["advantage={name: riskpo, bundle_size: 2}", "objective=gbpo"],
+            "advantage: 'riskpo' would count for little.* since objective 'gbpo'.*: group, leave",
+        ),
+        (["advantage=bnpo", "objective=real"], "advantage: 'bnpo' would count.*'real' goes by"),
+        (
+            ["advantage=gp_loo", "objective=p3o_pairwise"],
+            "advantage: 'gp_loo' would count.*objective 'p3o_pairwise'.*allowed with it: .*none",
+        ),
+        (
             [
                 "advantage={name: copo_consistency, threshold: 1.7}",
                 "rewards=[{name: exact_match, target: target}]",
             ],
-            r"threshold: 1.7 is not below log\(training.group_size\) = 1.61",
+            r"threshold: 1.7 is not below log\(5\) = 1.61",
         ),
         (["advantage={name: bnpo}", "training.group_size=1"], "too small for advantage 'bnpo'"),
         (
