@@ -7,9 +7,16 @@ import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mmrl.errors import UserError
 
@@ -20,6 +27,16 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+    ASCENDING: ClassVar[Sequence[tuple[str, str]]] = ()
+    """Pairs of keys, of which the first must not exceed the second."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> StrictModel:
+        for low, high in self.ASCENDING:
+            least, most = getattr(self, low), getattr(self, high)
+            if least > most:
+                raise ValueError(f"{low}: {least:g} is above {high}; allowed: at most {most:g}")
+        return self
 
     @field_validator("*", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.advantages._groups import rows_of_groups
+from mmrl.typed import integers
 from mmrl.types import Scores
 
 Unparsed = Literal["one", "distinct"]
@@ -30,11 +31,13 @@ def even_entropy(count: Tensor, threshold: float | None) -> Tensor:
 
 def answer_entropy(scores: Scores, unparsed: Unparsed) -> Tensor:
     """[M] entropy of the answers of the valid samples of each group, in nats."""
-    answers, found = scores.need("answer"), []
+    answers = scores.need("answer")
+    found: list[Tensor] = []
     for rows in rows_of_groups(scores):
-        given = [answers[i] for i in rows.tolist()]
+        given = [answers[i] for i in integers(rows)]
         if unparsed == "distinct":
             given = [i if answer is None else answer for i, answer in enumerate(given)]
         counts = torch.tensor(list(Counter(given).values()), dtype=torch.float64)
-        found.append(torch.special.entr(counts / max(len(given), 1)).sum())
+        shares = counts / max(len(given), 1)
+        found.append(-torch.xlogy(shares, shares).sum())
     return torch.stack(found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmrl.typed import numbered, pieces
 from mmrl.types import Advantages, Scores
 
 
@@ -36,7 +37,7 @@ class GroupStatistics:
 
 def group_statistics(scores: Scores) -> GroupStatistics:
     """Statistics of ``scores.combined`` by ``scores.group``; groups may differ in size."""
-    identities, member = torch.unique(scores.group, return_inverse=True)
+    identities, member = numbered(scores.group)
     valid = scores.valid
 
     def per_group(values: Tensor, reduce: str, start: float) -> Tensor:
@@ -56,11 +57,11 @@ def group_statistics(scores: Scores) -> GroupStatistics:
 
 def rows_of_groups(scores: Scores) -> list[Tensor]:
     """Positions of the valid samples of each group, groups in ascending order of their numbers."""
-    identities, member = torch.unique(scores.group, return_inverse=True)
+    identities, member = numbered(scores.group)
     rows = scores.valid.nonzero()[:, 0]
     order = rows[member[rows].argsort(stable=True)]
     sizes = torch.bincount(member[rows], minlength=len(identities))
-    return list(order.split(sizes.tolist()))
+    return pieces(order, sizes)
 
 
 def others(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmrl.advantages import _risk
 from mmrl.advantages._groups import group_statistics
+from mmrl.typed import distinct, floats
 from mmrl.types import Scores
 
 Form = Literal["code", "paper"]
@@ -55,7 +56,7 @@ FORMS = {"code": released, "paper": printed}
 def first_state(marks: Tensor, levels: Tensor) -> dict[str, Any]:
     """``quantiles`` [lower, upper] and ``range`` [least, greatest] of the first scores."""
     ends = [float(marks.min()), float(marks.max())]
-    return {"quantiles": marks.quantile(levels).tolist(), "range": ends}
+    return {"quantiles": floats(marks.quantile(levels)), "range": ends}
 
 
 def followed(marks: Tensor, levels: Tensor, rate: float, state: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def followed(marks: Tensor, levels: Tensor, rate: float, state: dict[str, Any]) 
     high = max(state["range"][1], float(marks.max()))
     quantiles = torch.tensor(state["quantiles"], dtype=torch.float64)
     moved = _risk.tracked(quantiles, levels, marks, rate).clamp(low, high).sort().values
-    return {"quantiles": moved.tolist(), "range": [low, high]}
+    return {"quantiles": floats(moved), "range": [low, high]}
 
 
 def judging(
@@ -75,6 +76,6 @@ def judging(
     if how == "run":
         return run
     own = torch.empty(len(marks), 2, dtype=torch.float64)
-    for each in bundle.unique():
+    for each in distinct(bundle):
         own[bundle == each] = marks[bundle == each].quantile(levels)
     return own if how == "bundle" else (run + own) / 2

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmrl.errors import UserError
+from mmrl.typed import integers
 from mmrl.types import Scores
 
 Name = Literal["max", "distinct", "facility_location", "log_det"]
@@ -101,7 +102,7 @@ def pool(scores: Scores, rows: Tensor, name: Name, success: float) -> Pool:
         )
     return Pool(
         rewards=rewards,
-        answers=[scores.need("answer")[i] for i in rows.tolist()] if "answer" in read else (),
+        answers=[scores.need("answer")[i] for i in integers(rows)] if "answer" in read else (),
         kernel=cosines(scores.need("features")[rows]) if "features" in read else None,
         success=success,
     )

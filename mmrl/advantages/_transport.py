@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmrl.typed import distinct, normal_quantiles, numbered, pieces
+
 
 def transport(
     values: Tensor, part: Tensor, active: Tensor, *, round_to: float = 0.0, min_spread: float = 0.0
@@ -24,7 +26,7 @@ def transport(
         min_spread: a part gets 0 when its largest value exceeds its smallest by no more than this.
     """
     result = torch.zeros_like(values)
-    for each in part[active].unique():
+    for each in distinct(part[active]):
         rows = active & (part == each)
         result[rows] = quantiles(values[rows], round_to, min_spread).to(values.device)
     return result
@@ -33,14 +35,12 @@ def transport(
 def quantiles(values: Tensor, round_to: float, min_spread: float) -> Tensor:
     """[n] normal quantiles of ``values`` [n] by rank, on the CPU; 0 if they are all equal."""
     # Float64 on the CPU adds in one order, so equal patterns of ties give equal bits.
-    levels, level, count = torch.unique(
-        _in_units(values.double().cpu(), round_to), return_inverse=True, return_counts=True
-    )
-    number = len(values)
+    levels, level = numbered(_in_units(values.double().cpu(), round_to))
+    number, count = len(values), torch.bincount(level)
     if levels[-1] - levels[0] <= _in_units(torch.tensor(min_spread, dtype=torch.float64), round_to):
         return torch.zeros(number, dtype=torch.float64)
-    normal = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / number)
-    shared = torch.stack([equal.mean() for equal in normal.split(count.tolist())])
+    normal = normal_quantiles((torch.arange(number, dtype=torch.float64) + 0.5) / number)
+    shared = torch.stack([equal.mean() for equal in pieces(normal, count)])
     return shared[level]
 
 

@@ -60,7 +60,8 @@ def estimate(
     groups, law, risk = group_statistics(scores), scores, config.functional()
     if config.scope == "batch":
         law = replace(scores, combined=groups.centred, group=torch.zeros_like(scores.group))
-    values, found = torch.zeros_like(scores.combined), []
+    values = torch.zeros_like(scores.combined)
+    found: list[float] = []
     for rows in filter(len, rows_of_groups(law)):
         rewards = law.combined[rows]
         values[rows] = credit(risk, rewards, config.baseline)

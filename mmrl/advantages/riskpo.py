@@ -28,6 +28,7 @@ from mmrl.advantages._groups import advantages_with_metrics, group_statistics, r
 from mmrl.advantages._mixed_var import FORMS, Form, Quantiles, first_state, followed, judging
 from mmrl.advantages._risk import LevelsConfig
 from mmrl.errors import UserError
+from mmrl.typed import floats
 from mmrl.types import Advantages, Scores
 
 PAPER = "Ren et al. 2025, arXiv:2510.00911"
@@ -82,7 +83,7 @@ def estimate(
     credit = credited(values, rewards, *of_question, config.credit)
     result = advantages_with_metrics(found.spread(credit, len(scores.combined)), scores, groups)
     own = {"riskpo/papers": float(len(marks))}
-    own |= zip(("riskpo/low", "riskpo/high"), judges.mean(0).tolist(), strict=True)
+    own |= zip(("riskpo/low", "riskpo/high"), floats(judges.mean(0)), strict=True)
     state = followed(marks, config.levels, config.quantile_rate, state)
     return replace(result, metrics={**result.metrics, **own}), state
 

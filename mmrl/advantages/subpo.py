@@ -69,7 +69,8 @@ def estimate(
     Raises:
         UserError: a reward below 0, where rewards weigh features.
     """
-    values, found = torch.zeros_like(scores.combined), []
+    values = torch.zeros_like(scores.combined)
+    found: list[float] = []
     function = _sets.FUNCTIONS[config.function]
     for rows in filter(len, rows_of_groups(scores)):
         pool = _sets.pool(scores, rows, config.function, config.success)

@@ -93,11 +93,7 @@ def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:
     size = batch.advantages[:, None].to(ratio.dtype)
     distance = ratio - (1.0 + move)
     distance = where_active(distance, distance.abs() > TOLERANCE)
-    metrics = {
-        "ratio/mean": ratio,
-        "gbpo/beyond": distance * move > 0,
-        "gbpo/opposed": size * move < 0,
-        "approx_kl": approx_kl(terms, batch),
-    }
-    value = distance.abs() * size.abs()
-    return LossTerms(loss=value, metrics=tallies(metrics, batch.mask, batch.weights))
+    metrics = {"ratio/mean": ratio, "approx_kl": approx_kl(terms, batch)}
+    metrics |= {"gbpo/beyond": distance * move > 0, "gbpo/opposed": size * move < 0}
+    pairs = tallies(metrics, batch.mask, batch.weights)
+    return LossTerms(loss=distance.abs() * size.abs(), metrics=pairs)

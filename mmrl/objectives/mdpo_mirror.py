@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from mmrl.divergences import active_spread, gaussian_kl, raw_log_ratio
@@ -52,15 +52,6 @@ class Config(StrictModel):
     )
     step_size_min: float = Field(default=0.05, gt=0, description="Floor of t with `linear`.")
 
-    @model_validator(mode="after")
-    def _falls(self) -> Config:
-        if self.schedule == "linear" and self.step_size < self.step_size_min:
-            raise ValueError(
-                f"step_size: {self.step_size:g} is below its floor, step_size_min; allowed: "
-                f"{self.step_size_min:g} or more"
-            )
-        return self
-
 
 def needs(config: Config) -> frozenset[str]:
     """Terms the backend must compute."""
@@ -77,7 +68,7 @@ def step_size(progress: float, config: Config) -> float:
     """t when the share ``progress`` of the run is done."""
     if config.schedule == "constant":
         return config.step_size
-    return max(config.step_size * (1.0 - progress), config.step_size_min)
+    return max(config.step_size * (1.0 - progress), min(config.step_size_min, config.step_size))
 
 
 def loss(terms: PolicyTerms, batch: UpdateBatch, config: Config) -> LossTerms:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmrl.objectives._ratio import approx_kl, log_ratio
 from mmrl.reduction import tallies
@@ -39,6 +39,8 @@ VARIANCE = "ratio/variance"
 
 class Config(StrictModel):
     """The bound, and how its multiplier follows it; all ours."""
+
+    ASCENDING = (("multiplier_min", "multiplier_max"),)
 
     target: float = Field(
         default=0.04 / 3,
@@ -59,15 +61,6 @@ class Config(StrictModel):
         default=0.01, ge=0, description="Floor of its updates: strictly on-policy V is 0."
     )
     multiplier_max: float = Field(default=100.0, gt=0, description="Ceiling of its updates.")
-
-    @model_validator(mode="after")
-    def _floor_below_ceiling(self) -> Config:
-        if self.multiplier_min > self.multiplier_max:
-            raise ValueError(
-                f"multiplier_min: {self.multiplier_min:g} is above multiplier_max; allowed: 0 to "
-                f"{self.multiplier_max:g}"
-            )
-        return self
 
 
 def needs(config: Config) -> frozenset[str]:

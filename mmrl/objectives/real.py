@@ -15,7 +15,7 @@ just at the mean is neither.  Groups of one class add nothing but count in the d
 port); ``keep`` trains on them, which takes a ``threshold``: equal rewards all have advantage 0.
 The loss couples the samples of a group, which share an optimizer step: where the ratio is not 1 and
 the step has several micro-batches, it takes one more forward, and none has to hold a group.  Use an
-aggregation that is a mean over samples; published: one update for each rollout, 8 samples,
+aggregation that is a mean over samples; published: tau 0.5, one update for each rollout, 8 samples,
 kl_reference 1e-3.
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
@@ -46,9 +46,7 @@ WHOLE_GROUPS = True
 class Config(StrictModel):
     """Sharpness of the classes, and what makes a sample right."""
 
-    temperature: float = Field(
-        default=0.5, gt=0, description="tau, in nats per decision. Published: 0.5."
-    )
+    temperature: float = Field(default=0.5, gt=0, description="tau, in nats per decision.")
     form: Literal["softmax", "bce"] = Field(
         default="softmax", description="softmax: a class shares one weight. bce: each by itself."
     )
@@ -58,15 +56,6 @@ class Config(StrictModel):
     single_class: Literal["skip", "keep"] = Field(
         default="skip", description="keep: train on groups of one class too; needs a threshold."
     )
-
-    @model_validator(mode="after")
-    def _labels_of_one_class(self) -> Config:
-        if self.single_class == "keep" and self.threshold is None:
-            raise ValueError(
-                "single_class: 'keep' changes nothing without a threshold, since equal rewards are "
-                "neither right nor wrong; allowed: 'skip', or set threshold"
-            )
-        return self
 
 
 def signals(scores: Scores, advantages: Advantages, config: Config) -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmrl.regularisers import entropy
 from mmrl.regularisers._multiplier import multiplied
@@ -26,6 +26,8 @@ EVIDENCE: str = "code"
 
 class Config(entropy.Config):
     """Target, and how the weight follows it."""
+
+    ASCENDING = (("start", "max_multiplier"),)
 
     coef: float = Field(
         default=1e-4,
@@ -40,15 +42,6 @@ class Config(entropy.Config):
         default=50.0, ge=0, description="Greatest weight, in units of coef. Published: 50."
     )
     start: float = Field(default=0.0, ge=0, description="Weight at the start, in units of coef.")
-
-    @model_validator(mode="after")
-    def _start_within(self) -> Config:
-        if self.start > self.max_multiplier:
-            raise ValueError(
-                f"start: {self.start:g} is above max_multiplier; allowed: 0 to "
-                f"{self.max_multiplier:g}"
-            )
-        return self
 
 
 def needs(config: Config) -> frozenset[str]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from mmrl.schema import StrictModel
 from mmrl.selection._kept import narrowed
 from mmrl.selection._widest import widest
+from mmrl.typed import distinct
 from mmrl.types import Advantages, Moment, PolicyTerms, Scores
 
 PAPER = "D3S 2025, arXiv:2509.22115"
@@ -71,7 +72,7 @@ def select(advantages: Advantages, scores: Scores, moment: Moment, config: Confi
         keep = keep & bool(values[keep].any())
     if share < 1:
         part = scores.group if config.scope == "group" else torch.zeros_like(scores.group)
-        parts = [keep & (part == each) for each in part.unique()]
+        parts = [keep & (part == each) for each in distinct(part)]
         keep = torch.stack([_widest_of(one, values, share) for one in parts]).any(0)
     return narrowed(advantages, keep)
 

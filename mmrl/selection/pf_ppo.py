@@ -27,6 +27,7 @@ from mmrl.errors import UserError
 from mmrl.noise import generator
 from mmrl.schema import StrictModel
 from mmrl.selection._kept import narrowed
+from mmrl.typed import distinct, integers
 from mmrl.types import Advantages, Moment, Scores
 
 PAPER = "Shen and Zhang 2024, arXiv:2409.06957"
@@ -71,7 +72,7 @@ def select(advantages: Advantages, scores: Scores, moment: Moment, config: Confi
     Metrics of ``narrowed``.
     """
     counts = torch.zeros_like(advantages.values)
-    for group in scores.group[advantages.keep].unique().tolist():
+    for group in integers(distinct(scores.group[advantages.keep])):
         rows = (advantages.keep & (scores.group == group)).nonzero()[:, 0]
         draw = generator(moment.seed, moment.step, "pf_ppo", group)
         counts[rows] = times(scores.combined[rows], config, draw)

@@ -378,9 +378,7 @@ def check_copo(module: ModuleType) -> None:
         close(result.metrics["copo/local"], statistics.fmean(shares.values()))
     module.refuse(module.Config(threshold=1.5), 1, 5)
     module.refuse(module.Config(), 1, 2)
-    with pytest.raises(
-        UserError, match=r"threshold: 1.5 is not below log\(training.group_size\) = 1.39"
-    ):
+    with pytest.raises(UserError, match=r"threshold: 1.5 is not below log\(4\) = 1.39"):
         module.refuse(module.Config(threshold=1.5), 1, 4)
     assert module.reads(module.Config()) == {"answer"}
 

@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from mmrl.errors import UserError
 from mmrl.prompts._outcomes import by_prompt, usable_rewards
 from mmrl.schema import StrictModel
+from mmrl.typed import floats
 from mmrl.types import Outcome, Prompt
 
 PAPER = "Li et al. 2025, arXiv:2509.25849"
@@ -106,7 +107,7 @@ def learn(outcomes: Sequence[Outcome], config: Config, state: dict[str, Any]) ->
     """The state with the rewards of these groups; ``UserError`` if ``reward`` is no label."""
     rewards, counts = dict(state.get("rewards", {})), dict(state.get("counts", {}))
     for prompt_id, mine in by_prompt(outcomes).items():
-        found = usable_rewards(mine, config.reward, "prompts.budget.reward").tolist()
+        found = floats(usable_rewards(mine, config.reward, "prompts.budget.reward"))
         if found:
             new = "".join("1" if value > config.success_above else "0" for value in found)
             kept = max(len(new), config.window)
