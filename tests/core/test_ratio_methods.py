@@ -89,13 +89,21 @@ def test_gbpo_draws_a_ratio_back_to_its_target():
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.1, 1.0, 100.0])
-def test_gbpo_targets_lie_within_the_bounds(temperature):
-    scores, advantages = scores_of((-1e6, -1.0, 0.0, 0.5, 1e6))
-    config = gbpo.Config(temperature=temperature, clip_low=0.1, clip_high=0.4)
-    side = torch.sigmoid(gbpo.signals(scores, advantages, config)["gap"] / temperature)
-    target = 1 - 0.1 + 0.5 * side
-    assert (target >= 0.9).all()
-    assert (target <= 1.4).all()
+@pytest.mark.parametrize("gap", ["normalised", "reward"])
+def test_gbpo_targets_lie_within_the_bounds(temperature, gap):
+    """A target is where the slope of the loss turns, found by halving from far outside."""
+    rewards = (-1e6, -1.0, 0.1, 0.5, 1e6)
+    options = {"temperature": temperature, "gap": gap, "clip_low": 0.1, "clip_high": 0.4}
+    low, high = torch.full((5,), 1e-3).double(), torch.full((5,), 10.0).double()
+    assert (gbpo_at(rewards, low.tolist(), **options)[1] < 0).all()
+    assert (gbpo_at(rewards, high.tolist(), **options)[1] > 0).all()
+    for _ in range(40):
+        target = (low + high) / 2
+        above = gbpo_at(rewards, target.tolist(), **options)[1] > 0
+        low, high = torch.where(above, low, target), torch.where(above, target, high)
+    assert (target >= 0.9 - 2 * gbpo.TOLERANCE).all()
+    assert (target <= 1.4 + 2 * gbpo.TOLERANCE).all()
+    assert target.tolist() == sorted(target.tolist())
 
 
 def test_gbpo_anchors_the_median_at_one():
