@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from test_bad_input import run_cli
 from test_distributed import assert_same_trajectory
 from toy.gauss.backend import noise
-from toy.run import column, toy_config, weights_of
+from toy.run import column, metrics_of, toy_config, weights_of
 
 from mmrl.config import apply_overrides, parse
 from mmrl.prompts.dataset import load_prompts
@@ -91,6 +92,22 @@ def test_no_split_changes_a_ragged_run(toy, tmp_path, advantage):
     assert set(column(reference, "num_samples")) == {20.0}
     other = toy(*options, "training.micro_batch_size=1", folder=made(tmp_path / "other"))
     assert_same_trajectory(reference, other)
+
+
+def test_a_budget_without_room_is_none(toy, tmp_path):
+    """Every group of 5, as there is no other size: bit for bit, all that is logged too."""
+    room = "min_size: 5, min_size_certain: 5, max_size: 5"
+    budget = f"prompts.budget={{name: knapsack, min_count: 2, success_above: -7, {room}}}"
+    plain = toy(*KNAPSACK[1:], folder=made(tmp_path / "plain"))
+    fixed = toy(budget, *KNAPSACK[1:], folder=made(tmp_path / "fixed"))
+    assert any(column(fixed, "budget/uncertain")), "some prompts are worth more than others"
+    left, right = weights_of(plain), weights_of(fixed)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("budget/")}
+        for row in metrics_of(fixed)
+    ]
+    assert rows == metrics_of(plain)
 
 
 def test_check_counts_the_samples_of_a_budget(tmp_path):
