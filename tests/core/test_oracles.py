@@ -13,6 +13,7 @@ import core_oracles as oracle
 import estimator_oracles
 import pytest
 import ratio_oracles
+import selection_oracles
 import text_oracles
 import verifiable_oracles
 
@@ -67,6 +68,7 @@ CHECKS = {
     "mmrl.prompts.round_robin": oracle.check_round_robin,
     "mmrl.reduction": oracle.check_reduction,
     **ratio_oracles.CHECKS,
+    **selection_oracles.CHECKS,
 }
 BROKEN = (AssertionError, ArithmeticError, LookupError, RuntimeError, StopIteration)
 BROKEN += (TypeError, ValueError)
@@ -119,9 +121,17 @@ def load(tree: ast.Module) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(
-    "kind", ["objectives", "regularisers", "corrections", "advantages", "modulators"]
+KINDS_CHECKED = (
+    "objectives",
+    "regularisers",
+    "corrections",
+    "advantages",
+    "modulators",
+    "selection",
 )
+
+
+@pytest.mark.parametrize("kind", KINDS_CHECKED)
 def test_no_part_is_missing(kind):
     assert {f"{KINDS[kind]}.{name}" for name in names(kind)} <= CHECKS.keys()
 
