@@ -115,7 +115,7 @@ def test_gbpo_draws_a_ratio_back_to_its_target():
 @pytest.mark.parametrize("temperature", [1e-4, 0.1, 1.0, 100.0])
 @pytest.mark.parametrize("gap", ["normalised", "reward"])
 def test_gbpo_targets_lie_within_the_bounds(temperature, gap):
-    """A target is where the slope of the loss turns, found by halving from far outside."""
+    """A target is where the slope of the loss turns, found by halving (A = 0 would have none)."""
     rewards = (-1e6, -1.0, 0.1, 0.5, 1e6)
     options = {"temperature": temperature, "gap": gap, "clip_low": 0.1, "clip_high": 0.4}
     low, high = torch.full((5,), 1e-3).double(), torch.full((5,), 10.0).double()
