@@ -48,9 +48,12 @@ def test_run_configurations_are_valid(path):
     assert "{name}" not in str(config.run_dir)
 
 
+def blocks(path: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
 def test_whole_runs_in_the_readme_are_valid():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    runs = [data for data in map(yaml.safe_load, blocks) if "backend" in data]
+    runs = [data for data in map(yaml.safe_load, blocks("README.md")) if "backend" in data]
     assert runs
     for data in runs:
         refuse_unless_consistent(parse(data))
@@ -64,6 +67,23 @@ def test_names_of_methods_in_the_readme_are_settings():
         for alone in ([each] for each in changes) if "; " in row else [changes]:
             recipe = CONFIGS / "text" / "tiny-qwen" / "grpo-arithmetic.yaml"
             refuse_unless_consistent(load(recipe, alone))
+
+
+def test_settings_of_the_objective_library_are_valid():
+    """In a recipe whose rewards have the labels that some of them name."""
+    base = read_yaml(CONFIGS / "text" / "tiny-qwen" / "grpo-arithmetic.yaml")
+    labels = ("right", "accuracy", "short")
+    base["rewards"] = [{"name": "exact_match", "where": "tag", "label": x} for x in labels]
+    base["training"]["prompts_per_step"] = 40  # bundles of five prompts
+    found = blocks("docs/objectives.md")
+    assert len(found) > 20
+    for block in found:
+        # A key at the margin that comes twice begins an alternative.
+        sections = [yaml.safe_load(part) for part in re.split(r"^(?=\w)", block, flags=re.M)]
+        sections = [section for section in sections if section]
+        together = {key: value for section in sections for key, value in section.items()}
+        for section in sections:
+            refuse_unless_consistent(parse(merged(base, together | section)))
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name)

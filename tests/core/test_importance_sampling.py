@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core_oracles import AGGREGATIONS, close, float64, random_case, reduced, trained
+from core_oracles import AGGREGATIONS, close, float64, random_case, reduced
 from pydantic import ValidationError
 
 from mmrl import reduction
@@ -57,32 +57,6 @@ def test_by_hand(options, expected):
 
 def test_the_defaults_are_those_of_the_first_publications():
     assert Config() == Config(level="decision", mode="truncate", cap=2.0)
-
-
-@ALL
-def test_by_a_loop_over_the_formula(config):
-    terms, batch = random_case()
-    policy = grpo.loss(terms, batch, grpo.Config())
-    found = correct(policy, terms, batch, config)
-    seen, rows = [], set()
-    for b, k in trained(batch):
-        gaps = [
-            float(batch.logp_old[b, j] - terms.logp_sampled[b, j])
-            for j in range(5) if batch.mask[b, j] and (config.level == "sample" or j == k)
-        ]  # fmt: skip
-        weight = math.exp(sum(gaps))
-        if weight > config.cap:
-            weight = config.cap if config.mode == "truncate" else 0.0
-        close(found.loss[b, k], policy.loss[b, k].item() * weight, 1e-9)
-        if config.level == "decision" or b not in rows:
-            seen.append(weight)
-        rows.add(b)
-    difference = [abs(float(batch.logp_old[i] - terms.logp_sampled[i])) for i in trained(batch)]
-    close(found.metrics[f"{RATIO}/mean"], (sum(seen), len(seen)), 1e-9)
-    close(found.metrics[f"{RATIO}/min"], min(seen), 1e-9)
-    close(found.metrics[f"{RATIO}/max"], max(seen), 1e-9)
-    close(found.metrics[f"{GAP}/mean"], (sum(difference), 13), 1e-9)
-    close(found.metrics[f"{GAP}/max"], max(difference), 1e-9)
 
 
 @pytest.mark.parametrize("level", ["decision", "sample"])

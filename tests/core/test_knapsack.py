@@ -15,6 +15,7 @@ from mmrl.config import Part
 from mmrl.errors import UserError
 from mmrl.prompts.budgets.knapsack import (
     Config,
+    _useful,
     allocate,
     bounds,
     knapsack,
@@ -62,9 +63,10 @@ def test_certain_prompts_are_worth_nothing_and_the_gain_peaks_at_a_third():
     assert max(grid, key=lambda p: p * (1 - p) ** 2) == pytest.approx(1 / 3, abs=1e-9)
 
 
-@pytest.mark.parametrize(("rate", "samples"), [(0.5, 3.3), (0.1, 21.9), (0.01, 229)])
+@pytest.mark.parametrize(("rate", "samples"), [(0.5, 3), (0.1, 21), (0.9, 21), (0.01, 229)])
 def test_samples_for_nine_signals_in_ten(rate, samples):
-    assert math.log(0.1) / math.log(max(rate, 1 - rate)) == pytest.approx(samples, rel=0.01)
+    for largest in (10, 128, 500):
+        assert _useful(rate, Config(max_size=largest)) == min(largest, samples)
     for size, probability in ((8, 0.077), (93, 0.607)):
         shown = value(size, 0.01) / (0.01 * 0.99**2)
         assert shown == pytest.approx(probability, abs=5e-4)

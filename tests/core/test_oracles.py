@@ -13,8 +13,11 @@ import core_oracles as oracle
 import estimator_oracles
 import pytest
 import ratio_oracles
+import selection_oracles
 import text_oracles
 import verifiable_oracles
+
+from mmrl.resolve import KINDS, names
 
 CHECKS = {
     "mmrl.objectives.grpo": oracle.check_grpo,
@@ -27,12 +30,14 @@ CHECKS = {
     "mmrl.objectives.cispo": text_oracles.check_cispo,
     "mmrl.objectives.sapo": text_oracles.check_sapo,
     "mmrl.objectives.sft": text_oracles.check_sft,
+    "mmrl.corrections.importance_sampling": text_oracles.check_importance_sampling,
     "mmrl.divergences": oracle.check_divergences,
     "mmrl.regularisers._velocity": oracle.check_velocity,
     "mmrl.regularisers.kl_reference": oracle.check_kl_reference,
     "mmrl.regularisers.kl_ema": oracle.check_velocity_regulariser,
     "mmrl.regularisers.kl_transition": oracle.check_kl_transition,
     "mmrl.regularisers.entropy": text_oracles.check_entropy,
+    "mmrl.regularisers.entropy_corridor": text_oracles.check_entropy_corridor,
     "mmrl.advantages.group": oracle.check_group,
     "mmrl.advantages.leave_one_out": oracle.check_leave_one_out,
     "mmrl.advantages.per_reward": oracle.check_per_reward,
@@ -57,11 +62,13 @@ CHECKS = {
     "mmrl.advantages.subpo": verifiable_oracles.check_subpo,
     "mmrl.modulators.adora": verifiable_oracles.check_adora,
     "mmrl.modulators.clip": oracle.check_clip,
+    "mmrl.modulators.dcpo": verifiable_oracles.check_dcpo,
     "mmrl.modulators.drop_zero": oracle.check_drop_zero,
     "mmrl.modulators.optimality": oracle.check_optimality,
     "mmrl.prompts.round_robin": oracle.check_round_robin,
     "mmrl.reduction": oracle.check_reduction,
     **ratio_oracles.CHECKS,
+    **selection_oracles.CHECKS,
 }
 BROKEN = (AssertionError, ArithmeticError, LookupError, RuntimeError, StopIteration)
 BROKEN += (TypeError, ValueError)
@@ -112,6 +119,21 @@ def load(tree: ast.Module) -> ModuleType:
     module = ModuleType("mutant")
     exec(compile(tree, "mutant", "exec"), module.__dict__)
     return module
+
+
+KINDS_CHECKED = (
+    "objectives",
+    "regularisers",
+    "corrections",
+    "advantages",
+    "modulators",
+    "selection",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS_CHECKED)
+def test_no_part_is_missing(kind):
+    assert {f"{KINDS[kind]}.{name}" for name in names(kind)} <= CHECKS.keys()
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -32,6 +32,7 @@ from mmrl.objectives import (
     sapo,
 )
 from mmrl.regularisers import entropy, entropy_target, kl_reference, kl_target, orpo_occupancy
+from mmrl.resolve import names
 from mmrl.types import PolicyTerms
 
 PLAIN = {"drift_correction": False, "std_normalisation": False, "reweight": False}
@@ -129,7 +130,9 @@ PENALTIES = {
     "orpo": (orpo_occupancy, orpo_occupancy.Config()),
     "orpo_chi2": (orpo_occupancy, orpo_occupancy.Config(form="chi2")),
     "orpo_kl": (orpo_occupancy, orpo_occupancy.Config(form="kl")),
+    "orpo_step": (orpo_occupancy, orpo_occupancy.Config(form="step_chi2")),
     "kl_target": (kl_target, kl_target.Config(estimator="k3")),
+    "entropy_target": (entropy_target, entropy_target.Config(start=2)),
 }
 LOSSES = {**{name: row[:2] for name, row in RATIO_CONTROL.items()}, **PENALTIES}
 by_ratio_loss = pytest.mark.parametrize(
@@ -139,6 +142,21 @@ by_objective = pytest.mark.parametrize(
     ("module", "config"), [row[:2] for row in RATIO_CONTROL.values()], ids=RATIO_CONTROL
 )
 by_loss = pytest.mark.parametrize(("module", "config"), LOSSES.values(), ids=LOSSES)
+TERMS = ("logp", "logp_ref", "entropy", "mean_gap_old", "mean_gap_reference", "step_std")
+CONSTANT = {"logp_ref", "step_std"}
+"""Terms that do not follow the policy."""
+
+
+def test_no_ratio_control_loss_is_missing():
+    """Neither here nor below, where neutral values are looked at."""
+    ratio_control = set(names("objectives")) - {"sft", "nft", "opd"}
+
+    def known(modules):
+        return {module.__name__.rpartition(".")[2] for module in modules} & {*names("objectives")}
+
+    assert known(row[0] for row in RATIO_CONTROL.values()) == ratio_control
+    assert known(row[0] for row in NEUTRAL.values()).isdisjoint(NO_BASE)
+    assert known(row[0] for row in NEUTRAL.values()) | NO_BASE == ratio_control
 
 
 def case(on_policy: bool = False):
@@ -146,15 +164,22 @@ def case(on_policy: bool = False):
     terms, batch = group_case(on_policy=on_policy)
     draw = torch.Generator().manual_seed(5)
     gap = torch.rand(9, 4, dtype=torch.float64, generator=draw)
-    return replace(terms, mean_gap_old=gap, step_std=gap + 0.5), batch
+    gaps = {"mean_gap_old": gap, "mean_gap_reference": gap / 2, "step_std": gap + 0.5}
+    return replace(terms, entropy=1 + gap, **gaps), batch
+
+
+def variables(module, config) -> list[str]:
+    """Terms through which the policy reaches the loss, log-probabilities first if it reads them."""
+    return sorted(module.needs(config) - CONSTANT, key=TERMS.index)
 
 
 def gradient(module, config, terms, batch, how="sample_mean_of_means"):
-    """Value and gradient in the log-probabilities, of a mean over the 7 samples."""
-    logp = terms.logp.detach().requires_grad_()
-    loss = module.loss(replace(terms, logp=logp), batch, config).loss
+    """Value and gradient in the first of its ``variables``, of a mean over the 7 samples."""
+    name = variables(module, config)[0]
+    x = getattr(terms, name).detach().requires_grad_()
+    loss = module.loss(replace(terms, **{name: x}), batch, config).loss
     value = reduced(reduction, loss, batch.mask, batch.weights, how, 4)
-    return value.item(), torch.autograd.grad(value, logp)[0]
+    return value.item(), torch.autograd.grad(value, x)[0]
 
 
 @by_ratio_loss
@@ -200,8 +225,7 @@ def test_order_and_padding_change_nothing(module, config):
             None if tensor is None else torch.nn.functional.pad(tensor[order], (0, 2), value=filler)
         )
 
-    names = ("logp", "logp_ref", "mean_gap_old", "step_std")
-    other = PolicyTerms(**{name: moved(getattr(terms, name).detach()) for name in names})
+    other = PolicyTerms(**{name: moved(getattr(terms, name).detach()) for name in TERMS})
     given = replace(
         batch,
         mask=moved(batch.mask, False),
@@ -217,8 +241,7 @@ def test_order_and_padding_change_nothing(module, config):
 
 
 def part_of(terms, batch, rows, columns):
-    names = ("logp", "logp_ref", "mean_gap_old", "step_std")
-    some = {name: getattr(terms, name)[rows][:, columns] for name in names}
+    some = {name: getattr(terms, name)[rows][:, columns] for name in TERMS}
     small = replace(
         batch,
         mask=batch.mask[rows][:, columns],
@@ -243,17 +266,18 @@ def test_micro_batches_give_the_same_step(module, config, how):
     terms, batch = case()
     batch = ready(module, config, terms, batch)
     value, slopes = gradient(module, config, terms, batch, how)
-    logp = terms.logp.detach().requires_grad_()
+    name = variables(module, config)[0]
+    x = getattr(terms, name).detach().requires_grad_()
     columns = [slice(0, 4)] if whole_samples(module, config) else [slice(0, 1), slice(1, 4)]
     weights = reduction.decision_weights(batch.mask, batch.weights, how)
     total, count = 0.0, reduction.denominator(batch.mask, batch.weights, how)
     for rows in ([8], [2, 0], [1, 7, 5], [6, 3, 4]):
         for some in columns:
-            part, small = part_of(replace(terms, logp=logp), batch, rows, some)
+            part, small = part_of(replace(terms, **{name: x}), batch, rows, some)
             loss = module.loss(part, small, config).loss
             total = total + reduction.weighted_sum(loss, weights[rows][:, some]) / count
     close(total.item(), value)
-    close(torch.autograd.grad(total, logp)[0], slopes.tolist())
+    close(torch.autograd.grad(total, x)[0], slopes.tolist())
 
 
 @by_objective
@@ -266,31 +290,37 @@ def test_a_flipped_sign_is_noticed(module, config):
     assert (values[0] * values[1]).sum() < 0
 
 
-SMOOTH = (
-    "mhpo_bound",
-    "gbpo",
-    "etr",
-    "r2vpo",
-    "mdpo",
-    "mdpo_gaussian",
-    "mdpo_squared",
-    "p3o",
-    "kl_target",
-)
+FROZEN = {mhpo: "zeta", cispo: "log_ratio"}
+"""What a loss takes for a constant though it follows the policy; differences must hold it."""
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_gradient_matches_finite_differences(name):
-    """Losses without constants that follow the policy; for the others the oracle differentiates."""
-    module, config = LOSSES[name]
+@by_loss
+def test_gradient_matches_finite_differences(module, config, monkeypatch):
+    """What couples samples is found anew beside each point, so of a step's whole loss."""
     terms, batch = case()
-    batch = ready(module, config, terms, batch)
+    found = variables(module, config)
+    if module in FROZEN:
+        monkeypatch.setattr(module, FROZEN[module], once(getattr(module, FROZEN[module])))
 
-    def value(logp):
-        loss = module.loss(replace(terms, logp=logp), batch, config).loss
+    def value(*inputs):
+        given = replace(terms, **dict(zip(found, inputs, strict=True)))
+        loss = module.loss(given, ready(module, config, given, batch), config).loss
         return reduced(reduction, loss, batch.mask, batch.weights, "sample_mean_of_means", 4)
 
-    assert torch.autograd.gradcheck(value, [terms.logp.detach().requires_grad_()], atol=1e-7)
+    inputs = [getattr(terms, name).detach().requires_grad_() for name in found]
+    assert torch.autograd.grad(value(*inputs), inputs[0])[0].any()
+    assert torch.autograd.gradcheck(value, inputs, atol=1e-7)
+
+
+def once(function):
+    """``function`` that answers with its first result ever after."""
+    results = []
+
+    def first(*arguments):
+        results.extend([] if results else [function(*arguments).detach()])
+        return results[0]
+
+    return first
 
 
 @by_loss
@@ -298,8 +328,9 @@ def test_gradient_matches_finite_differences(name):
 def test_extremes_are_finite_in_float32(module, config, gap):
     terms, batch = case()
     logp = torch.full((9, 4), gap)
-    names = {"logp_ref": torch.zeros(9, 4), "mean_gap_old": torch.full((9, 4), 1e3)}
-    terms = PolicyTerms(logp=logp, step_std=torch.full((9, 4), 1e-3), **names)
+    others = dict.fromkeys(("mean_gap_old", "mean_gap_reference", "entropy"), logp.abs())
+    others |= {"logp_ref": torch.zeros(9, 4), "step_std": torch.full((9, 4), 1e-3)}
+    terms = PolicyTerms(logp=logp, **others)
     batch = replace(batch, logp_old=torch.zeros(9, 4))
     given = ready(module, config, terms, batch)
     out = module.loss(terms, given, config)
@@ -317,7 +348,15 @@ def test_a_batch_without_its_signals_is_refused():
 
 # --- neutral values -------------------------------------------------------------------------------
 
+NO_BASE = {"grpo", "reinforce", "cispo", "sapo", "gbpo", "p3o_pairwise", "real"}
+"""Those that are a base, or with no setting are another objective."""
 NEUTRAL = {
+    "grpo_guard": (
+        grpo_guard,
+        grpo_guard.Config(clip_low=0.2, clip_high=0.28, **PLAIN),
+        grpo,
+        grpo.Config(clip_low=0.2, clip_high=0.28),
+    ),
     "mhpo": (mhpo, mhpo.Config(bound=None, hazard=False), grpo, UNCLIPPED),
     "r2vpo": (r2vpo, r2vpo.Config(multiplier=0, rate=0), grpo, UNCLIPPED),
     "mdpo": (mdpo_mirror, mdpo_mirror.Config(step_size=1e300), grpo, UNCLIPPED),
@@ -341,8 +380,8 @@ NEUTRAL = {
 @pytest.mark.parametrize(("module", "config", "base", "other"), NEUTRAL.values(), ids=NEUTRAL)
 def test_neutral_values_give_the_base_method_to_the_bit(module, config, base, other, dtype):
     terms, batch = random_case()
-    names = {"logp": terms.logp.detach(), "logp_ref": terms.logp_ref, "entropy": terms.entropy}
-    terms = PolicyTerms(**{name: value.to(dtype) for name, value in names.items()})
+    kept = {"logp": terms.logp.detach(), "logp_ref": terms.logp_ref, "entropy": terms.entropy}
+    terms = PolicyTerms(**{name: value.to(dtype) for name, value in kept.items()})
     batch = replace(batch, logp_old=batch.logp_old.to(dtype))
     given = prepared(module, config, batch, torch.arange(6) // 3, {})
     if module is mdpo_mirror and dtype is torch.float32:

@@ -51,6 +51,30 @@ def test_mhpo_weight_has_its_published_values():
         assert all(0 < weight <= math.exp(bound) for weight in weights)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bound": 0.7, "shape_up": 2.5, "onset_down": 0.5}, {"bound": None}, {"hazard": False}],
+)
+def test_mhpo_gradient_is_the_weight_times_the_advantage(options):
+    """-A M everywhere, with M = exp(psi - zeta) sech^2(x / c) whatever the sign of A."""
+    config, draw = mhpo.Config(**options), torch.Generator().manual_seed(0)
+    logp, old, sizes = (torch.randn(n, 8, dtype=torch.float64, generator=draw) for n in (9, 9, 1))
+    assert {*sizes[0].sign().tolist()} == {-1.0, 1.0}
+    logp, old = logp.flatten()[:, None].requires_grad_(), old.flatten()
+    batch = single(*sizes[0].repeat(9).tolist(), logp_old=old)
+    loss = mhpo.loss(PolicyTerms(logp=logp), batch, config).loss
+    (found,) = torch.autograd.grad(loss.sum(), logp)
+    for slope, x, size in zip(
+        found[:, 0].tolist(), (logp[:, 0] - old).tolist(), batch.advantages.tolist(), strict=True
+    ):
+        c = config.bound or math.inf
+        psi = c * math.tanh(x / c) if config.bound else x
+        zeta = (math.log1p(math.exp(psi)) / config.onset_up) ** config.shape_up
+        zeta += (math.log1p(math.exp(-psi)) / config.onset_down) ** config.shape_down
+        weight = math.exp(psi - (zeta if config.hazard else 0.0)) / math.cosh(x / c) ** 2
+        assert slope == pytest.approx(-size * weight, rel=1e-10, abs=0)
+
+
 def test_mhpo_with_neither_bound_nor_hazard_weighs_by_the_ratio():
     for ratio in (0.1, 1.0, 7.0):
         assert weight_at(ratio, bound=None, hazard=False) == pytest.approx(ratio, rel=1e-12)
@@ -89,13 +113,21 @@ def test_gbpo_draws_a_ratio_back_to_its_target():
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.1, 1.0, 100.0])
-def test_gbpo_targets_lie_within_the_bounds(temperature):
-    scores, advantages = scores_of((-1e6, -1.0, 0.0, 0.5, 1e6))
-    config = gbpo.Config(temperature=temperature, clip_low=0.1, clip_high=0.4)
-    side = torch.sigmoid(gbpo.signals(scores, advantages, config)["gap"] / temperature)
-    target = 1 - 0.1 + 0.5 * side
-    assert (target >= 0.9).all()
-    assert (target <= 1.4).all()
+@pytest.mark.parametrize("gap", ["normalised", "reward"])
+def test_gbpo_targets_lie_within_the_bounds(temperature, gap):
+    """A target is where the slope of the loss turns, found by halving (A = 0 would have none)."""
+    rewards = (-1e6, -1.0, 0.1, 0.5, 1e6)
+    options = {"temperature": temperature, "gap": gap, "clip_low": 0.1, "clip_high": 0.4}
+    low, high = torch.full((5,), 1e-3).double(), torch.full((5,), 10.0).double()
+    assert (gbpo_at(rewards, low.tolist(), **options)[1] < 0).all()
+    assert (gbpo_at(rewards, high.tolist(), **options)[1] > 0).all()
+    for _ in range(40):
+        target = (low + high) / 2
+        above = gbpo_at(rewards, target.tolist(), **options)[1] > 0
+        low, high = torch.where(above, low, target), torch.where(above, target, high)
+    assert (target >= 0.9 - 2 * gbpo.TOLERANCE).all()
+    assert (target <= 1.4 + 2 * gbpo.TOLERANCE).all()
+    assert target.tolist() == sorted(target.tolist())
 
 
 def test_gbpo_anchors_the_median_at_one():
@@ -381,6 +413,20 @@ def test_real_weights_are_monotone_and_bounded():
     slopes = real_at(logits.tolist(), labels)[1].abs()
     assert slopes[:60].sum() < 1 / tau
     assert slopes[60:].sum() < 1 / tau
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+def test_real_weights_in_closed_form(tau):
+    """exp(-y s / tau) / (1 + sum over the class) / tau; bce: of each alone, over the group."""
+    draw = torch.Generator().manual_seed(1)
+    for labels in ((1, -1), (1, 1, -1), (-1, 1, -1, -1, 1, 1, -1)):
+        logits = (2 * torch.randn(len(labels), dtype=torch.float64, generator=draw)).tolist()
+        e = [math.exp(-y * s / tau) for y, s in zip(labels, logits, strict=True)]
+        total = {y: 1 + sum(x for x, z in zip(e, labels, strict=True) if z == y) for y in (1, -1)}
+        wanted = [-y * x / total[y] / tau for x, y in zip(e, labels, strict=True)]
+        close(real_at(logits, labels, temperature=tau)[1], wanted)
+        alone = [-y * x / (1 + x) / tau / len(e) for x, y in zip(e, labels, strict=True)]
+        close(real_at(logits, labels, temperature=tau, form="bce")[1], alone)
 
 
 def test_real_of_one_pair_is_two_logistic_losses():

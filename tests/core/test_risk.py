@@ -129,6 +129,20 @@ def test_neutral_numbers_are_the_mean_bit_for_bit(neutral, baseline):
     )
 
 
+@pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_a_mixture_without_a_tail_is_rvar_bit_for_bit(baseline, tail, scope):
+    common = {"baseline": baseline, "tail": tail, "scope": scope}
+    mixed, rvar = (
+        risk.estimate(random_scores(), risk.Config(measure=name, omega=0.0, **common), {})[0]
+        for name in ("mixed_var", "rvar")
+    )
+    assert torch.equal(mixed.values, rvar.values)
+    assert mixed.metrics == rvar.metrics
+    assert mixed.values.any()
+
+
 def test_the_mean_of_the_others_is_rloo():
     given = random_scores()
     expected = leave_one_out.estimate(given, leave_one_out.Config(), {})[0].values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import replace
@@ -13,7 +14,7 @@ from core_oracles import close, entries, float64, random_case, random_scores, ra
 from pydantic import ValidationError
 
 from mmrl.errors import UserError
-from mmrl.types import PolicyTerms, Scores, UpdateBatch
+from mmrl.types import LossTerms, PolicyTerms, Scores, UpdateBatch
 
 # --- objectives -----------------------------------------------------------------------------------
 
@@ -81,7 +82,45 @@ def check_sft(module: ModuleType) -> None:
     close(out.metrics["nll"], (sum(used), len(used)))
 
 
-# --- regulariser ----------------------------------------------------------------------------------
+# --- correction -----------------------------------------------------------------------------------
+
+
+def check_importance_sampling(module: ModuleType) -> None:
+    for level, mode in itertools.product(("decision", "sample"), ("truncate", "mask")):
+        config = module.Config(level=level, mode=mode, cap=1.2)
+        terms, batch = random_case()
+        policy = LossTerms(loss=2 + terms.logp.detach(), metrics={"own": (1.0, 2.0)})
+        out = module.correct(policy, terms, batch, config)
+        gaps = {
+            (b, k): float(batch.logp_old[b, k] - terms.logp_sampled[b, k])
+            for b, k in entries(batch.mask)
+        }
+        # A weight of a sample is logged once, at its first decision.
+        logged, above = [], 0
+        for b, k in trained(batch):
+            same = [gap for (row, j), gap in gaps.items() if row == b and level == "sample"]
+            weight = math.exp(sum(same or [gaps[b, k]]))
+            above += weight > 1.2
+            weight = weight if weight <= 1.2 else 1.2 if mode == "truncate" else 0.0
+            close(out.loss[b, k], policy.loss[b, k].item() * weight, 1e-9)
+            logged += [weight] if level == "decision" or k == 0 else []
+        assert above, "a case without active cap tests nothing"
+        ratio, gap = "sampling/importance_sampling_ratio", "sampling/sampling_logp_difference"
+        sizes = [abs(gaps[key]) for key in trained(batch)]
+        expected = {
+            "own": (1.0, 2.0),
+            f"{ratio}/mean": (sum(logged), len(logged)),
+            f"{ratio}/min": min(logged),
+            f"{ratio}/max": max(logged),
+            f"{gap}/mean": (sum(sizes), len(sizes)),
+            f"{gap}/max": max(sizes),
+        }
+        assert out.metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            close(out.metrics[name], value, 1e-9)
+
+
+# --- regularisers ---------------------------------------------------------------------------------
 
 
 def check_entropy(module: ModuleType) -> None:
@@ -107,6 +146,39 @@ def check_entropy(module: ModuleType) -> None:
     assert module.needs(module.Config(coef=0)) == set()
     off = module.loss(PolicyTerms(logp=terms.logp), batch, module.Config(coef=0))
     assert not off.loss.any()
+
+
+def check_entropy_corridor(module: ModuleType) -> None:
+    terms, batch = random_case()
+    entropy = terms.entropy.tolist()
+    config = module.Config(low=0.5, high=0.8, tasks={"own": {"low": 1.0, "high": 1.1}})
+    tasks = ["own", "", "own", "", "", ""]
+    out = module.loss(terms, replace(batch, tasks=tasks), config)
+    means, outside = [], 0
+    for b, row in enumerate(entropy):
+        mine = [row[k] for k in range(5) if batch.mask[b, k]]
+        mean = statistics.fmean(mine) if mine else 0.0
+        bounds = config.tasks[tasks[b]] if tasks[b] else config
+        penalty = max(mean - bounds.high, 0.0) + max(bounds.low - mean, 0.0)
+        close(out.loss[b], [penalty])
+        if mine and batch.weights[b] > 0:
+            means.append(mean)
+            outside += penalty > 0
+    close(out.metrics["entropy/mean"], (sum(means), len(means)))
+    close(out.metrics["entropy/outside"], (outside, len(means)))
+    assert 0 < outside < len(means)
+    without, nameless = (
+        module.loss(terms, replace(batch, tasks=names), config) for names in ((), [""] * 6)
+    )
+    assert torch.equal(without.loss, nameless.loss)
+    module.Bounds(low=0.5, high=0.5)
+    with pytest.raises((UserError, ValidationError), match=r"low = 0\.7 is above high = 0\.6"):
+        module.Config(low=0.7)
+    assert module.needs(module.Config()) == {"entropy"}
+    assert module.needs(module.Config(coef=0)) == set()
+    off = module.loss(PolicyTerms(logp=terms.logp), batch, module.Config(coef=0))
+    assert not off.loss.any()
+    assert off.metrics == {}
 
 
 # --- advantage ------------------------------------------------------------------------------------

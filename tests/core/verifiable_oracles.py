@@ -17,6 +17,7 @@ from core_oracles import (
     deviation,
     fit_scores,
     float64,
+    no_scores,
     one_reward,
     random_scores,
     rewards_by_group,
@@ -682,3 +683,31 @@ def check_adora_reward(module: ModuleType) -> None:
     nothing = replace(scores, valid=torch.zeros(13, dtype=torch.bool))
     assert module.modulate(given, nothing, config).metrics["adora/weight"] == 1.0
     assert module.reads(config) == {"length", "truncated"}
+
+
+# --- DCPO -----------------------------------------------------------------------------------------
+
+
+def check_dcpo(module: ModuleType) -> None:
+    given, scores = some_advantages(), no_scores()
+    rewards = float64([1.0, 0.04, 0.05, 3.0, 9.0, -1.0])
+    scores, config = replace(scores, combined=rewards), module.Config(target_entropy=0.5)
+    good = [1.0, 0, 0, 1, 0, 0]  # above 0.05; the fifth is not kept
+    for state, temperature in (({}, 1.2), ({"surprise": 0.46}, 1.2), ({"surprise": 0.9}, 0.8)):
+        pushed = min(abs(0.5 - state.get("surprise", 0.0)), 0.1) / (2 / 5)
+        alpha = pushed / (1 + pushed)
+        out = module.modulate(given, scores, config, state)
+        close(out.values, [(1 - alpha) * value for value in given.values.tolist()])
+        close(out.tempering.scale, [alpha * each for each in good])
+        assert (out.tempering.temperature, out.tempering.cap) == (temperature, 10.0)
+        assert out.metrics.keys() == {"reward_std", "dcpo/alpha"}
+        close(out.metrics["dcpo/alpha"], alpha)
+    for case in (replace(scores, combined=0 * rewards), scores):
+        state = {"surprise": 0.5} if case is scores else {}
+        out = module.modulate(given, case, config, state)
+        assert out.tempering is None
+        assert torch.equal(out.values, given.values)
+        assert out.metrics["dcpo/alpha"] == 0
+    assert module.learn({"surprise": 0.7}, config, {"kept": 1}) == {"kept": 1, "surprise": 0.7}
+    assert module.learn({"reward": 0.7}, config, {"kept": 1}) == {"kept": 1}
+    assert module.needs(config) == {"logp", "logp_tempered"}

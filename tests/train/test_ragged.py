@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from test_bad_input import run_cli
 from test_distributed import assert_same_trajectory
 from toy.gauss.backend import noise
-from toy.run import column, toy_config, weights_of
+from toy.run import column, metrics_of, toy_config, weights_of
 
+from mmrl import facts
 from mmrl.config import apply_overrides, parse
 from mmrl.prompts.dataset import load_prompts
 from mmrl.rollouts import make_requests
@@ -79,18 +81,59 @@ def test_a_step_is_that_of_the_loop(toy, tmp_path, aggregation, micro):
     assert column(run, "num_samples") == [20.0]
 
 
-ESTIMATORS = ["{name: group, deviation: group}", "leave_one_out", "g2rpo", "per_reward"]
+UNIT = ("rewards.0.name=toy.rewards.likeness", "prompts.budget.success_above=1.0e-3")
+"""A reward between 0 and 1, and where it is a success as often as the other one."""
+SAMPLES = ("training.aggregation=sample_mean_of_means", "advantage={name: group, deviation: none}")
+RUNS = {
+    "group": ("advantage={name: group, deviation: group}",),
+    "leave_one_out": ("advantage=leave_one_out",),
+    "g2rpo": ("advantage=g2rpo",),
+    "per_reward": ("advantage=per_reward",),
+    "risk": ("advantage={name: risk, measure: mixed_var}",),
+    "riskpo": ("advantage={name: riskpo, bundle_size: 2}",),
+    "bnpo": ("advantage=bnpo", *UNIT),
+    "gdpo": ("advantage={name: gdpo_decoupled, batch: decision}",),
+    "copo": ("advantage={name: copo_consistency, sharpness: 3}",),
+    "optimal_baseline": ("advantage=optimal_baseline",),
+    "subpo": ("advantage={name: subpo, function: log_det, reward_weight: 0.5}", *UNIT),
+    "gp_loo": ("advantage=gp_loo",),
+    "adora": ("modulators=[{name: adora, rule: vlm, success: -4}]",),
+    "real": ("objective=real", *SAMPLES),
+    "p3o": ("objective=p3o_pairwise", *SAMPLES),
+    "p3o_joint": ("objective={name: p3o_pairwise, form: joint}", *SAMPLES),
+    "occupancy": ("regularisers=[{name: orpo_occupancy, coef: 0.1}]", *SAMPLES),
+}
 
 
-@pytest.mark.parametrize("advantage", ESTIMATORS)
-def test_no_split_changes_a_ragged_run(toy, tmp_path, advantage):
-    options = (f"advantage={advantage}", "training.num_epochs=2", *KNAPSACK)
+@pytest.mark.parametrize("name", RUNS)
+def test_no_split_changes_a_ragged_run(toy, tmp_path, name, monkeypatch):
+    # What a sample of numbers answers: on which side of 1 the first one is.
+    monkeypatch.setattr(facts, "answerer", lambda specs: lambda output: str(output[0] > 1))
+    options = (*KNAPSACK, *RUNS[name], "training.num_epochs=2")
     reference = toy(*options, folder=made(tmp_path / "reference"))
     sizes = column(reference, "budget/max_group_size")
     assert max(sizes) > min(column(reference, "budget/min_group_size")), "groups differ in size"
     assert set(column(reference, "num_samples")) == {20.0}
-    other = toy(*options, "training.micro_batch_size=1", folder=made(tmp_path / "other"))
+    whole = 3 if name == "p3o" else 1  # it needs all decisions of a sample
+    micro = f"training.micro_batch_size={whole}"
+    other = toy(*options, micro, folder=made(tmp_path / "other"))
     assert_same_trajectory(reference, other)
+
+
+def test_a_budget_without_room_is_none(toy, tmp_path):
+    """Every group of 5, as there is no other size: bit for bit, all that is logged too."""
+    room = "min_size: 5, min_size_certain: 5, max_size: 5"
+    budget = f"prompts.budget={{name: knapsack, min_count: 2, success_above: -7, {room}}}"
+    plain = toy(*KNAPSACK[1:], folder=made(tmp_path / "plain"))
+    fixed = toy(budget, *KNAPSACK[1:], folder=made(tmp_path / "fixed"))
+    assert any(column(fixed, "budget/uncertain")), "some prompts are worth more than others"
+    left, right = weights_of(plain), weights_of(fixed)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("budget/")}
+        for row in metrics_of(fixed)
+    ]
+    assert rows == metrics_of(plain)
 
 
 def test_check_counts_the_samples_of_a_budget(tmp_path):

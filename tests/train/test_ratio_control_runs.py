@@ -14,24 +14,37 @@ from toy.run import small_config
 
 from mmrl.checkpoint import Progress
 from mmrl.config import RunConfig, load, parse, parse_part
+from mmrl.resolve import names
 from mmrl.runner import make_trainer, open_session
 from mmrl.sharding import trainable, whole, write
 from mmrl.trainer import Trainer
 
-OBJECTIVES = {
-    "grpo": {},
-    "cispo": {},
-    "sapo": {},
-    "mhpo": {},
-    "gbpo": {"temperature": 1.0},
-    "etr": {},
-    "r2vpo": {},
-    "mdpo_mirror": {},
-    "p3o_pairwise": {"form": "joint"},
-    "real": {},
-}
-WHOLE = {"p3o_pairwise": {}, "mdpo_mirror": {"form": "squared"}}
+OBJECTIVES = [
+    {"name": "grpo"},
+    {"name": "cispo"},
+    {"name": "sapo"},
+    {"name": "mhpo"},
+    {"name": "gbpo", "temperature": 1.0},
+    {"name": "etr"},
+    {"name": "r2vpo"},
+    {"name": "mdpo_mirror"},
+    {"name": "p3o_pairwise", "form": "joint"},
+    {"name": "real"},
+    {"name": "real", "form": "bce"},
+]
+WHOLE = [
+    {"name": "grpo", "importance": "sample"},
+    {"name": "p3o_pairwise"},
+    {"name": "mdpo_mirror", "form": "squared"},
+]
 """Those for which a micro-batch must hold all decisions of its samples."""
+OF_STEPS = [
+    {"name": "mdpo_mirror", "form": "gaussian_kl"},
+    {"name": "grpo_guard", "clip_low": 0.2, "clip_high": 0.2},
+]
+"""Those of denoising steps alone."""
+PENALTIES = {"transition": [{"name": "orpo_occupancy", "form": "step_chi2", "coef": 1.0}]}
+"""Of ``grpo``, by the kind of policy."""
 EVERYWHERE = (
     "training.num_steps=1",
     "training.updates_per_epoch=2",
@@ -74,11 +87,20 @@ def diffusion(likelihood: str, folder) -> RunConfig:
     return load(recipe, short(recipe, folder, folder, *EVERYWHERE, *own, "training.group_size=3"))
 
 
-def updated(trainer: Trainer, before, objective: str, options: dict, size: int):
+def test_no_objective_with_a_ratio_is_missing():
+    rows = [*OBJECTIVES, *WHOLE, *OF_STEPS]
+    without = {"sft", "nft", "opd", "reinforce"}
+    assert {row["name"] for row in rows} == set(names("objectives")) - without
+
+
+def updated(trainer: Trainer, before, objective: dict, penalties: list[dict], size: int):
     """Change of all trained weights by one step, and what the step logged."""
-    part = parse_part("objectives", {"name": objective, **options}, "objective")
-    training = trainer.config.training.model_copy(update={"micro_batch_size": size})
-    trainer.config = trainer.config.model_copy(update={"objective": part, "training": training})
+    parts = {
+        "objective": parse_part("objectives", objective, "objective"),
+        "regularisers": [parse_part("regularisers", row, "regularisers") for row in penalties],
+        "training": trainer.config.training.model_copy(update={"micro_batch_size": size}),
+    }
+    trainer.config = trainer.config.model_copy(update=parts)
     trainer.progress = Progress()
     network = trainable(trainer.backend.model)
     write(network, before)
@@ -101,18 +123,20 @@ def test_every_ratio_control_loss_trains(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_collect", once)
     before = {name: x.clone() for name, x in whole(trainable(trainer.backend.model)).items()}
     decisions = config.backend.config.num_decisions or 1
-    cases = [(name, options, 1) for name, options in OBJECTIVES.items()]
-    cases += [(name, options, decisions) for name, options in WHOLE.items()]
-    if kind == "transition":
-        cases.append(("mdpo_mirror", {"form": "gaussian_kl"}, 1))
+    cases = [(objective, [], 2) for objective in OBJECTIVES]
+    cases += [(objective, [], max(decisions, 2)) for objective in WHOLE]
+    cases += [(objective, [], 2) for objective in OF_STEPS if kind == "transition"]
+    cases += [(OBJECTIVES[0], [penalty], 2) for penalty in PENALTIES.get(kind, ())]
     try:
-        for name, options, least in cases:
-            large, logged = updated(trainer, before, name, options, 1000)
-            small, _ = updated(trainer, before, name, options, max(least, 2))
-            assert math.isfinite(logged["loss"]), name
-            assert logged["grad_norm"] > 0, name
-            assert logged["approx_kl"] > 0, f"{name}: the second update is not at ratio 1"
+        for case in cases:
+            objective, penalties, least = case
+            large, logged = updated(trainer, before, objective, penalties, 1000)
+            small, _ = updated(trainer, before, objective, penalties, least)
+            assert math.isfinite(logged["loss"]), case
+            assert logged["grad_norm"] > 0, case
+            assert logged["approx_kl"] > 0, f"{case}: the second update is not at ratio 1"
+            assert all(logged[penalty["name"]] > 0 for penalty in penalties), case
             # float32 sums in another order, of other shapes, through two updates.
-            assert (small - large).norm() <= 2e-3 * large.norm(), name
+            assert (small - large).norm() <= 2e-3 * large.norm(), case
     finally:
         trainer.scorer.close()
