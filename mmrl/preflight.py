@@ -275,16 +275,15 @@ def refuse_contradictions(config: RunConfig) -> None:
 
     A module says what it is: ``RECENTRES`` (a modulator after which advantages have mean 0),
     ``LEARNS_FROM_EQUAL_REWARDS`` (an estimator), ``OWN_ADVANTAGE`` (an estimator, or an objective
-    that goes by rewards itself), ``refuse(config, num_groups, group_size)`` with the size of the
+    that compares samples itself), ``refuse(config, num_groups, group_size)`` with the size of the
     smallest group.
     """
     advantage, training = config.advantage, config.training
     if all(getattr(part.module, "OWN_ADVANTAGE", False) for part in (advantage, config.objective)):
         plain = [n for n in names("advantages") if not _brings_advantage(n)]
         raise UserError(
-            f"advantage: {advantage.name!r} would count for little or nothing, since objective "
-            f"{config.objective.name!r} goes by the rewards itself; allowed with it: "
-            f"{', '.join(plain)}"
+            f"advantage: {advantage.name!r} judges samples in a way of its own, and so does "
+            f"objective {config.objective.name!r}; allowed with it: {', '.join(plain)}"
         )
     if training.refills and getattr(advantage.module, "LEARNS_FROM_EQUAL_REWARDS", False):
         raise UserError(

@@ -145,12 +145,12 @@ def test_scores_check_their_facts():
         ),
         (
             ["advantage={name: riskpo, bundle_size: 2}", "objective=gbpo"],
-            "advantage: 'riskpo' would count for little.* since objective 'gbpo'.*: group, leave",
+            "advantage: 'riskpo' judges samples .* so does objective 'gbpo'; .*: group, leave",
         ),
-        (["advantage=bnpo", "objective=real"], "advantage: 'bnpo' would count.*'real' goes by"),
+        (["advantage=bnpo", "objective=real"], "advantage: 'bnpo' judges .* 'real'; allowed"),
         (
             ["advantage=gp_loo", "objective=p3o_pairwise"],
-            "advantage: 'gp_loo' would count.*objective 'p3o_pairwise'.*allowed with it: .*none",
+            "advantage: 'gp_loo' judges .*objective 'p3o_pairwise'; allowed with it: .*none",
         ),
         (
             [
