@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed.nn  # before there is a group, which its functions' defaults would keep
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
@@ -99,6 +102,40 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
             )
         keep_own_dtypes(accelerator)
     return accelerator
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End the trackers and the group of processes; nobody may use the wrapped model any more.
+
+    A thread of the group may still hold a tensor of the last collective and needs the interpreter
+    to release it: if that ends first, the process aborts.  The group joins its threads when the
+    last wrapped model is gone.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+@contextmanager
+def one_group_of_processes() -> Iterator[None]:
+    """Keep the processes connected from one run to the next.
+
+    The store of a launcher still holds the addresses of a group that was left, so a second group
+    would try to meet at the old ones.  accelerate leaves a group unless this variable says that
+    somebody else looks after it.
+    """
+    variable = "FORK_LAUNCHED"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+        gc.collect()  # wrapped models, as ``leave`` says
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def keep_own_dtypes(accelerator: Accelerator) -> None:

@@ -33,7 +33,7 @@ from mmrl import checkpoint, preflight
 from mmrl.backend import Backend
 from mmrl.completions import CompletionFiles, drop_after
 from mmrl.config import RunConfig, parse, read_yaml
-from mmrl.distributed import any_process, make_accelerator
+from mmrl.distributed import any_process, leave, make_accelerator
 from mmrl.errors import UserError
 from mmrl.evaluation import EVALUATION_STREAM, Evaluation, evaluate_held_out
 from mmrl.metrics import MetricsFile
@@ -108,6 +108,18 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     """Train to the end, or to an interruption that is saved; returns the run folder."""
     run = config.run_dir
     preflight.refuse_foreign_folder(run, resume)
+    accelerator, steps = _train(config, resume)
+    leave(accelerator)
+    if steps < config.training.num_steps:
+        raise KeyboardInterrupt(f"saved step {steps}; continue with --resume")
+    if accelerator.is_main_process:
+        _close_folder(run)
+    return run
+
+
+def _train(config: RunConfig, resume: bool) -> tuple[Accelerator, int]:
+    """All of a run but its end; with the number of steps it has now."""
+    run = config.run_dir
     start = resume_point(config) if resume else None
     trackers = config.tracking.trackers
     options = tracking_options(trackers, run)
@@ -133,15 +145,9 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         for note in (*about, *session.backend.notes):
             display.note(note)
         loop = Loop(session, trainer, metrics, display, interrupted, saved=steps)
-        finished = loop.run()
-        if finished:
+        if loop.run():
             _finish(session, untouched)
-    session.accelerator.end_training()
-    if not finished:
-        raise KeyboardInterrupt(f"saved step {trainer.progress.step}; continue with --resume")
-    if session.main:
-        _close_folder(run)
-    return run
+    return session.accelerator, trainer.progress.step
 
 
 @dataclass
@@ -256,7 +262,7 @@ def evaluate(config: RunConfig, *, run: Path | None = None) -> dict[str, float]:
         result = evaluate_held_out(
             config, session.accelerator, session.backend, session.evaluation_prompts, judge
         )
-    session.accelerator.end_training()
+    leave(session.accelerator)
     return result.metrics
 
 
@@ -269,7 +275,7 @@ def sample(run: Path, prompts: Sequence[str], *, count: int, seed: int) -> list[
     requests = make_requests(wanted, count, seed, EVALUATION_STREAM)
     with session.backend.averaged():
         groups = list(session.backend.rollout(requests, evaluation=True))
-    session.accelerator.end_training()
+    leave(session.accelerator)
     return [list(group.outputs) for group in groups]
 
 

@@ -19,11 +19,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import gather_object
 from pydantic import Field, field_validator
 
 from mmrl import preflight
 from mmrl.config import RunConfig, apply_overrides, parse, read_yaml
+from mmrl.distributed import one_group_of_processes
 from mmrl.errors import UserError
 from mmrl.run_folder import CONFIG, Change, before_after, read_run
 from mmrl.schema import StrictModel, nearest, validate
@@ -312,7 +316,7 @@ def train(
         if main:
             write_record(plan, spent)
 
-    with _one_group_of_processes():
+    with one_group_of_processes():
         for number, stage in enumerate(plan.stages, start=1):
             title = f"stage {number} of {len(plan.stages)}: {stage.name}"
             announce(f"{title} (finished)" if stage.name in done else title)
@@ -326,8 +330,6 @@ def train(
 
 def _train_stage(stage: Stage, resume: bool, note: Callable[[Stage, Spent], None]) -> None:
     """Train one stage; ``note`` is told what it has cost, however it ends."""
-    from accelerate.utils import gather_object
-
     from mmrl import runner
 
     wall, cpu = time.monotonic(), _cpu_seconds()
@@ -353,38 +355,11 @@ def _forget_accelerator() -> None:
     """Let the next stage make an accelerator of its own: precision and launcher state are kept
     once for the whole process, and the wrapped model of the last one must leave memory.
     """
-    import torch
-    from accelerate.state import AcceleratorState, GradientState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _one_group_of_processes() -> Iterator[None]:
-    """Keep the processes connected from one stage to the next.
-
-    The store of a launcher still holds the addresses of a group that was left, so a second group
-    would try to meet at the old ones.  accelerate leaves a group unless this variable says that
-    somebody else looks after it.
-    """
-    import torch.distributed
-
-    variable = "FORK_LAUNCHED"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        yield
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
 
 
 # ------------------------------------------------------------------ what it came to

@@ -12,6 +12,7 @@ import torch
 import yaml
 from toy.run import metrics_of, toy_config, weights_of
 
+from mmrl.cli import main
 from mmrl.distributed import deal, owner, share_cores
 
 HERE = Path(__file__).parent
@@ -32,16 +33,23 @@ def test_deal_covers_everything_once_and_keeps_step(count, world):
 
 
 def launch(folder: Path, launcher: list[str], *overrides: str) -> Path:
-    """A toy run under a launcher; its folder."""
+    """A toy run under a launcher; its folder.
+
+    The command is this file, which tells afterwards what threads are left.
+    """
     folder.mkdir()
     (folder / "toy.yaml").write_text(yaml.safe_dump(toy_config(folder)))
-    command = [*launcher, "-m", "mmrl", "train", str(folder / "toy.yaml"), *overrides]
+    command = [*launcher, __file__, "train", str(folder / "toy.yaml"), *overrides]
     paths = f"{HERE}{os.pathsep}{ROOT}"
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    if sys.platform == "linux":
+        assert "thread left: python" in done.stdout
+        # It could still hold a tensor of the last collective and abort the process at its end.
+        assert "thread left: pt_gloo" not in done.stdout
     return folder / "toy"
 
 
@@ -130,3 +138,11 @@ def test_launched_processes_share_the_cores(monkeypatch, environment, expected):
     monkeypatch.setattr("mmrl.distributed.available_cores", lambda: 6)
     share_cores(environment)
     assert torch.get_num_threads() == expected
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        for comm in Path("/proc/self/task").glob("*/comm"):
+            print(f"thread left: {comm.read_text().strip()}")

@@ -22,6 +22,7 @@ import yaml
 from toy.run import python, toy_config
 
 from mmrl.config import apply_overrides, parse
+from mmrl.distributed import one_group_of_processes
 from mmrl.resolve import names
 from mmrl.runner import make_trainer, open_session
 from mmrl.sharding import trainable, whole
@@ -213,5 +214,6 @@ def assert_same(first: dict, second: dict) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     jobs = yaml.safe_load((folder / "jobs.yaml").read_text())
-    found = {name: trained(config) for name, config in jobs.items()}
-    torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
+    with one_group_of_processes():
+        found = {name: trained(config) for name, config in jobs.items()}
+        torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")

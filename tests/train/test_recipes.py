@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from toy.run import ROOT, column, launch, leave_charts_out, metrics_of, python, weights_of
 
 from mmrl import stages
 from mmrl.checkpoint import found
 from mmrl.config import load, read_yaml
+from mmrl.distributed import one_group_of_processes
 from mmrl.runner import evaluate, load_run_config, sample, train
 
 sys.path.insert(0, str(ROOT / "tests" / "diffusion"))
@@ -235,7 +235,7 @@ def test_a_student_draws_and_is_judged_without_its_teachers(teacher, tmp_path):
 
 
 if __name__ == "__main__":
-    PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
     leave_charts_out()
-    for path, overrides in json.loads(sys.argv[1]):
-        train(load(Path(path), overrides))
+    with one_group_of_processes():
+        for path, overrides in json.loads(sys.argv[1]):
+            train(load(Path(path), overrides))

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from safetensors.torch import load_file
 from test_text_runs import config as text_config
 from toy.run import ROOT, SMALLER, leave_charts_out, metrics_of, python, small_config, weights_of
 
 from mmrl.checkpoint import Progress, found
 from mmrl.config import RunConfig, parse
+from mmrl.distributed import one_group_of_processes
 from mmrl.resolve import names, resolve
 from mmrl.runner import train
 
@@ -333,7 +333,7 @@ def test_two_processes_equal_one(name, straight, shared_out):
 
 
 if __name__ == "__main__":
-    PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
     leave_charts_out()
-    for job in yaml.safe_load(Path(sys.argv[1]).read_text()):
-        train(parse(job))
+    with one_group_of_processes():
+        for job in yaml.safe_load(Path(sys.argv[1]).read_text()):
+            train(parse(job))

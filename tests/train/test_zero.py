@@ -26,6 +26,7 @@ from toy.run import column, metrics_of, toy_config, weights_of
 
 from mmrl.checkpoint import found
 from mmrl.config import apply_overrides, parse
+from mmrl.distributed import one_group_of_processes
 from mmrl.errors import UserError
 from mmrl.runner import train
 from mmrl.zero import refuse_unless_allowed, settings
@@ -89,7 +90,6 @@ def main(folder: Path) -> None:
     """Train each configuration of ``folder``; most lose their last checkpoint and resume."""
     # It would compile; torch's own collectives will do.
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
-    PartialState.destroy_process_group = lambda *_, **__: None  # all runs share one group
     for path in sorted(folder.glob("*/config.yaml")):
         config = parse(yaml.safe_load(path.read_text()))
         with launched_with(json.loads((path.parent / "launch.json").read_text())):
@@ -325,6 +325,7 @@ def test_trained_weights_stay_float32(precision):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]) / sys.argv[2])
-    if sys.argv[2] == STAGES[0]:
-        plain(Path(sys.argv[1]) / "plain" / "adapter")
+    with one_group_of_processes():
+        main(Path(sys.argv[1]) / sys.argv[2])
+        if sys.argv[2] == STAGES[0]:
+            plain(Path(sys.argv[1]) / "plain" / "adapter")
