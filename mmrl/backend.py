@@ -41,6 +41,11 @@ class BackendConfig(Protocol):
         ...
 
     @property
+    def draws_texts(self) -> bool:
+        """Whether samples are texts, in which answers may stand; optional, else not."""
+        ...
+
+    @property
     def keeps_samples(self) -> bool:
         """Whether the backend has ``save_samples`` and ``load_samples``; optional, else not."""
         ...

@@ -39,8 +39,13 @@ def read_by(config: RunConfig) -> frozenset[str]:
 
 def found_in(config: RunConfig) -> frozenset[str]:
     """Facts that there are in a run."""
-    answers = {"answer"} if answerer(config.rewards) else set[str]()
+    answers = {"answer"} if draws_texts(config) and answerer(config.rewards) else set[str]()
     return frozenset({"length", "truncated", "features", SCORE_NORM} | answers)
+
+
+def draws_texts(config: RunConfig) -> bool:
+    """Whether the samples of a run can have answers."""
+    return getattr(config.backend.config, "draws_texts", False)
 
 
 def answerer(specs: Sequence[RewardSpec]) -> Callable[[Any], str | None] | None:

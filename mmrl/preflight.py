@@ -255,6 +255,11 @@ def refuse_missing_facts(config: RunConfig) -> None:
     labels = [spec.label for spec in config.rewards]
     for where, part in _estimating(config):
         missing = sorted(facts.reads(part) - facts.found_in(config))
+        if missing == ["answer"] and not facts.draws_texts(config):
+            raise UserError(
+                f"{where}: {part.name!r} compares answers, which stand in texts; backend "
+                f"{config.backend.name!r} draws none"
+            )
         if missing == ["answer"]:
             raise UserError(
                 f"{where}: {part.name!r} compares answers, and no reward says where they stand; "

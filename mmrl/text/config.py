@@ -195,6 +195,11 @@ class Config(StrictModel):
         return self.rollout.max_tokens
 
     @property
+    def draws_texts(self) -> bool:
+        """Completions."""
+        return True
+
+    @property
     def keeps_samples(self) -> bool:
         """Samples are tokens, which tensors hold."""
         return True

@@ -113,6 +113,10 @@ def test_scores_check_their_facts():
     ("overrides", "message"),
     [
         (["advantage=copo_consistency"], "advantage: 'copo_consistency' compares answers, and no"),
+        (
+            ["advantage=copo_consistency", "backend.draws_texts=false"],
+            "advantage: 'copo_consistency' compares answers, which stand in texts; backend 'toy.ga",
+        ),
         (["advantage={name: subpo, function: distinct}"], "{name: exact_match, where: boxed"),
         (
             ["advantage={name: optimal_baseline, weight: logits}"],

@@ -146,6 +146,7 @@ def runs(tmp_path_factory):
     And what they should equal: ``one/<kind>/run`` of one process, but for the adapter
     ``plain/adapter/run`` of two without DeepSpeed.
     """
+    torch.set_num_threads(1)  # like each of the two processes: sums in the same order
     folder = tmp_path_factory.mktemp("zero")
     for launcher, names in {**LAUNCHED, "plain": {"adapter": {}}}.items():
         for name, changes in names.items():

@@ -8,10 +8,14 @@ from mmrl.schema import StrictModel
 
 
 class Config(StrictModel):
-    """``drift``: added to replayed log-probabilities, to provoke the preflight."""
+    """``drift``: added to replayed log-probabilities, to provoke the preflight.
+
+    ``draws_texts``: whether the numbers pass for texts.
+    """
 
     decisions: int = Field(3, ge=1)
     drift: float = 0.0
+    draws_texts: bool = True
     keeps: bool = True
     knows_logp: bool = False
     off_policy: bool = False
