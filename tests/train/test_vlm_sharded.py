@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tests" / "vlm"))
 
 from tiny_vlm import FAMILIES, make_backend, save_films, save_model
 
+from mmrl.distributed import one_group_of_processes
 from mmrl.text.layout import Row
 from mmrl.types import UpdateBatch
 from mmrl.weights import trainable
@@ -72,7 +73,6 @@ def main(folder: Path) -> None:
         assert any(".visual." in name for name in found) == train_vision
         if rank == 0:
             save_file(found, folder / f"{family}.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -99,4 +99,5 @@ def test_gradients_are_those_of_one_process(folder, family):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    with one_group_of_processes():
+        main(Path(sys.argv[1]))
