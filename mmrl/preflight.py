@@ -434,7 +434,19 @@ def prompt_notes(
     for key, prompts in sets.items():
         if prompts and of_backend is not None:
             found += of_backend(prompts, key)
-    return found
+    return found + _budget_notes(config, len(training))
+
+
+def _budget_notes(config: RunConfig, available: int) -> list[str]:
+    """Where a budget would have nothing to go by."""
+    budget, size = config.prompts.budget, config.training
+    drawn = size.num_steps * size.prompts_per_step
+    if budget is None or drawn > available:
+        return []
+    return [
+        f"prompts.budget: {budget.name!r} learns from earlier visits of a prompt, but this run "
+        f"draws {drawn} of {available} prompts: where none comes twice, every group has group_size"
+    ]
 
 
 def refuse_unknown_tasks(specs: Sequence[RewardSpec], prompts: Sequence[Prompt], key: str) -> None:

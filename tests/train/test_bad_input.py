@@ -419,3 +419,14 @@ def test_weights_of_rewards_count_where_their_sum_is_ranked(tmp_path):
     data = toy_config(tmp_path) | {"advantage": {"name": "g2rpo"}}
     data["rewards"][0]["weight"] = 0.5
     refuse_unless_consistent(parse(data))
+
+
+@pytest.mark.parametrize(("steps", "noted"), [(2, True), (3, False)])
+def test_a_budget_that_never_meets_a_prompt_again_is_told(tmp_path, steps, noted):
+    """Of six prompts three are drawn in each step."""
+    overrides = ["prompts.budget={name: knapsack, max_size: 8}", "training.prompts_per_step=3"]
+    config = apply_overrides(toy_config(tmp_path), [*overrides, f"training.num_steps={steps}"])
+    notes = prompt_notes(parse(config), *load_prompt_sets(parse(config)))
+    told = ["prompts.budget: 'knapsack' learns from earlier visits of a prompt, but this run draws "
+            "6 of 6 prompts: where none comes twice, every group has group_size"]  # fmt: skip
+    assert notes == (told if noted else [])
