@@ -25,8 +25,18 @@ MODEL_LIBRARIES = frozenset({"diffusers", "transformers", "peft", "open_clip", "
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_POSITIONAL = 7
-MAX_OBJECTIVE_LINES = 60
-"""Of code in a file of ``mmrl/objectives``: blank lines, comments and documentation are free."""
+MAX_METHOD_LINES = 60
+"""Of code in the file of a method: blank lines, comments and documentation are free."""
+LONG_METHODS = {
+    "mmrl.advantages.g2rpo": 66,
+    "mmrl.advantages.gdpo_decoupled": 62,
+    "mmrl.advantages.gp_loo": 61,
+    "mmrl.advantages.riskpo": 62,
+    "mmrl.modulators.dcpo": 64,
+    "mmrl.prompts.budgets.knapsack": 126,
+    "mmrl.selection.pf_ppo": 69,
+}
+"""Module -> lines: known exceptions, none of them an objective; the list only ever shrinks."""
 LONG_FUNCTIONS: dict[str, int] = {}
 """``module.function`` -> lines: known exceptions; the list only ever shrinks."""
 
@@ -250,12 +260,19 @@ def code_lines(text: str) -> int:
     return sum(bool(line) and line[0] != "#" and n not in documentation for n, line in lines)
 
 
-OBJECTIVES = [path for path in FILES if within(module_name(path), "mmrl.objectives")]
+METHODS = {
+    module_name(path): code_lines(path.read_text(encoding="utf-8"))
+    for kind in ("objectives", "advantages", "modulators", "selection", "regularisers",
+                 "prompts/budgets")
+    for path in FILES
+    if path.parent == ROOT / "mmrl" / kind
+}  # fmt: skip
+"""Files of one method each, and what methods of a kind share: module -> lines of code."""
 
 
-@pytest.mark.parametrize("path", OBJECTIVES, ids=module_name)
-def test_an_objective_fits_on_a_page(path):
-    assert code_lines(path.read_text(encoding="utf-8")) <= MAX_OBJECTIVE_LINES
+@pytest.mark.parametrize("name", [n for n in METHODS if "._" not in n])
+def test_a_method_fits_on_a_page(name):
+    assert METHODS[name] <= LONG_METHODS.get(name, MAX_METHOD_LINES)
 
 
 def test_only_code_is_counted():
@@ -288,6 +305,8 @@ def test_exceptions_are_still_needed():
     }
     stale = {name for name in LONG_FUNCTIONS if actual.get(name, 0) <= MAX_FUNCTION_LINES}
     assert not stale, "take these out of LONG_FUNCTIONS"
+    stale = {name for name, lines in LONG_METHODS.items() if METHODS[name] < lines}
+    assert not stale, "these have fewer lines now than LONG_METHODS says"
 
 
 def test_functions_are_short_on_the_whole():
