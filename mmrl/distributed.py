@@ -111,7 +111,8 @@ def leave(accelerator: Accelerator) -> None:
     to release it: if that ends first, the process aborts.  The group joins its threads when the
     last wrapped model is gone.
     """
-    accelerator.free_memory()
+    if accelerator.num_processes > 1:
+        accelerator.free_memory()
     accelerator.end_training()
 
 
