@@ -9,7 +9,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -249,19 +250,20 @@ def test_sizes(path):
         assert len(positional) <= MAX_POSITIONAL, f"{name} takes {len(positional)} arguments"
 
 
-def code_lines(text: str) -> int:
+def code_of(text: str, *, imports: bool = True) -> list[str]:
     """Lines that are neither blank nor a comment nor part of a string that stands by itself."""
-    documentation: set[int] = set()
+    free: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        stands_alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if stands_alone or (not imports and isinstance(node, ast.Import | ast.ImportFrom)):
             assert node.end_lineno is not None
-            documentation |= set(range(node.lineno, node.end_lineno + 1))
+            free |= set(range(node.lineno, node.end_lineno + 1))
     lines = enumerate((line.strip() for line in text.splitlines()), 1)
-    return sum(bool(line) and line[0] != "#" and n not in documentation for n, line in lines)
+    return [line for n, line in lines if line and line[0] != "#" and n not in free]
 
 
 METHODS = {
-    module_name(path): code_lines(path.read_text(encoding="utf-8"))
+    module_name(path): len(code_of(path.read_text(encoding="utf-8")))
     for kind in ("objectives", "advantages", "modulators", "selection", "regularisers",
                  "prompts/budgets")
     for path in FILES
@@ -294,7 +296,33 @@ def f(x):
         """
     )
 '''
-    assert code_lines(text) == 7
+    assert len(code_of(text)) == 7
+    assert code_of("import a\nfrom b import (\n    c,\n)\nx = 1\n", imports=False) == ["x = 1"]
+
+
+def repeated_share(files: Sequence[list[str]], least: int = 6) -> float:
+    """Share of lines that belong to ``least`` lines or more which stand somewhere else too."""
+    places = defaultdict(list)
+    for file, lines in enumerate(files):
+        for start in range(len(lines) - least + 1):
+            places[tuple(lines[start : start + least])].append((file, start))
+    again = [place for found in places.values() if len(found) > 1 for place in found]
+    repeated = {(file, start + i) for file, start in again for i in range(least)}
+    return len(repeated) / sum(map(len, files))
+
+
+def test_repeated_lines_are_found():
+    one, two = list("abcdefgh"), list("xabcdefy")
+    assert repeated_share([one, two, list("12345678")]) == 12 / 24
+    assert repeated_share([one, list("abcdeXfg")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["objectives", "advantages", "selection"])
+def test_methods_hardly_repeat_each_other(kind):
+    """But for their imports."""
+    paths = [path for path in FILES if within(module_name(path), f"mmrl.{kind}")]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    assert repeated_share([code_of(text, imports=False) for text in texts]) < 0.03
 
 
 def test_exceptions_are_still_needed():
